@@ -1,0 +1,78 @@
+//! What Python may pass as a selection of labels, or as one of the named choices.
+
+use pyo3::{
+    exceptions::PyTypeError,
+    prelude::*,
+    types::{PyDict, PyMapping, PySequence, PyString},
+};
+use vmix::{ApplyTo, DType};
+
+use crate::VMixError;
+
+/// None, "all", "none", a label, a list of labels or a mapping label → weight.
+pub struct Selection(pub vmix::Selection);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Selection {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        let wrong_type = || {
+            PyTypeError::new_err(format!(
+                "selection: expected None, a label, a list of labels or a mapping from label to \
+                 weight, found {}",
+                type_name(&object)
+            ))
+        };
+        let selection = if object.is_none() {
+            vmix::Selection::Default
+        } else if object.is_instance_of::<PyString>() {
+            match object.extract::<String>()?.as_str() {
+                "all" => vmix::Selection::All,
+                "none" => vmix::Selection::None,
+                label => vmix::Selection::only([label]),
+            }
+        } else if let Ok(mapping) = object.cast::<PyMapping>() {
+            let items = mapping.items()?.extract::<Vec<(String, f32)>>();
+            vmix::Selection::weights(items.map_err(|_| wrong_type())?)
+        } else if let Ok(sequence) = object.cast::<PySequence>() {
+            let labels = sequence.to_list()?.extract::<Vec<String>>();
+            vmix::Selection::only(labels.map_err(|_| wrong_type())?)
+        } else {
+            return Err(wrong_type());
+        };
+        Ok(Self(selection))
+    }
+}
+
+pub fn apply_to(name: &str) -> PyResult<ApplyTo> {
+    ApplyTo::from_name(name).ok_or_else(|| unknown("apply_to", ApplyTo::NAMES, name))
+}
+
+pub fn dtype(name: &str) -> PyResult<DType> {
+    DType::from_name(name).ok_or_else(|| unknown("dtype", DType::NAMES, name))
+}
+
+fn unknown(argument: &str, names: &[&str], found: &str) -> PyErr {
+    let names = names.join(", ");
+    VMixError::new_err(format!(
+        "{argument}: expected one of {names}, found `{found}`"
+    ))
+}
+
+/// label → weight, in the file's order.
+pub fn weights<'py>(
+    py: Python<'py>,
+    labels: &vmix::Labels,
+    weights: &[f32],
+) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    for (label, weight) in labels.iter().zip(weights) {
+        dict.set_item(&label.name, weight)?;
+    }
+    Ok(dict)
+}
+
+pub fn type_name(object: &Bound<'_, PyAny>) -> String {
+    let name = object.get_type().fully_qualified_name();
+    name.map_or_else(|_| "an unknown type".to_owned(), |name| name.to_string())
+}

@@ -1,0 +1,123 @@
+//! What can go wrong, said so that a user can act on it.
+
+use std::path::PathBuf;
+
+/// Why something was refused: the thing, what was expected and what was found.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// The bytes are no safetensors file: a header or an offset lies.
+    #[error("{file}: not a safetensors file: {source}")]
+    Safetensors {
+        /// The file, or "bytes".
+        file: String,
+        /// What is wrong with the header.
+        source: safetensors::SafeTensorError,
+    },
+    /// A metadata key is missing or has a value this version does not know.
+    #[error("{file}: metadata `{key}`: expected {expected}, found {found}")]
+    Metadata {
+        /// The file, or "bytes".
+        file: String,
+        /// The metadata key.
+        key: String,
+        /// What the format asks for.
+        expected: String,
+        /// What the file says.
+        found: String,
+    },
+    /// A tensor is missing, superfluous, of a wrong shape or dtype, or not finite.
+    #[error("{file}: tensor `{tensor}`: expected {expected}, found {found}")]
+    Tensor {
+        /// The file, or "bytes".
+        file: String,
+        /// The tensor's name.
+        tensor: String,
+        /// What the format asks for.
+        expected: String,
+        /// What the file holds.
+        found: String,
+    },
+    /// A selection names a label that the adapter does not have.
+    #[error(
+        "unknown label `{name}`{}; known labels: {known}",
+        did_you_mean(nearest)
+    )]
+    UnknownLabel {
+        /// The name as it was given.
+        name: String,
+        /// The known label that is spelt most alike, if any is close.
+        nearest: Option<String>,
+        /// All known labels, separated by commas.
+        known: String,
+    },
+    /// A layer name that the adapter or preset does not have.
+    #[error(
+        "unknown layer `{name}`{}; there are {count} layers",
+        did_you_mean(nearest)
+    )]
+    UnknownLayer {
+        /// The name as it was given.
+        name: String,
+        /// The known layer that is spelt most alike, if any is close.
+        nearest: Option<String>,
+        /// How many layers there are.
+        count: usize,
+    },
+    /// An argument does not fit.
+    #[error("{argument}: expected {expected}, found {found}")]
+    Argument {
+        /// The argument.
+        argument: String,
+        /// What it must be.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// An operation of the tensor library failed.
+    #[error(transparent)]
+    Candle(#[from] candle_core::Error),
+}
+
+impl Error {
+    pub(crate) fn argument(
+        argument: impl Into<String>,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> Self {
+        Self::Argument {
+            argument: argument.into(),
+            expected: expected.into(),
+            found: found.into(),
+        }
+    }
+}
+
+fn did_you_mean(nearest: &Option<String>) -> String {
+    nearest
+        .as_ref()
+        .map(|name| format!(" (did you mean `{name}`?)"))
+        .unwrap_or_default()
+}
+
+/// The candidate spelt most like `name`, if it is close enough to be what was meant.
+pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
+    const CLOSE_ENOUGH: f64 = 0.5;
+    let name = name.to_lowercase();
+    candidates
+        .map(|candidate| {
+            let likeness = strsim::normalized_damerau_levenshtein(&name, &candidate.to_lowercase());
+            (likeness, candidate)
+        })
+        .filter(|(likeness, _)| *likeness >= CLOSE_ENOUGH)
+        .max_by(|a, b| a.0.total_cmp(&b.0))
+        .map(|(_, candidate)| candidate.to_owned())
+}

@@ -1,0 +1,307 @@
+//! safetensors files, mapped or in memory; nothing in them is believed before it was checked.
+
+use std::{collections::BTreeMap, fs, io::Write, ops::Range, path::Path, sync::OnceLock};
+
+use memmap2::Mmap;
+use safetensors::SafeTensors;
+use sha2::{Digest, Sha256};
+
+use crate::{DType, Error, Result, Tensor};
+
+/// A safetensors file whose header has been read and checked.
+#[derive(Debug)]
+pub(crate) struct File {
+    name: String,
+    bytes: Bytes,
+    entries: BTreeMap<String, Entry>,
+    metadata: BTreeMap<String, String>,
+    sha256: OnceLock<String>,
+}
+
+#[derive(Debug)]
+enum Bytes {
+    Mapped(Mmap),
+    Owned(Vec<u8>),
+}
+
+#[derive(Debug)]
+struct Entry {
+    dtype: safetensors::Dtype,
+    shape: Vec<usize>,
+    range: Range<usize>,
+}
+
+/// A tensor that still lies in its file.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct View<'a> {
+    pub dtype: DType,
+    pub shape: &'a [usize],
+    pub bytes: &'a [u8],
+}
+
+impl File {
+    /// Maps the file and reads its header; no other page is touched.
+    pub fn open(path: &Path) -> Result<Self> {
+        let io_error = |source| Error::Io {
+            path: path.to_owned(),
+            source,
+        };
+        let file = fs::File::open(path).map_err(io_error)?;
+        // SAFETY: a mapping is sound as long as nobody truncates or rewrites the file in place
+        // while it is open. Like every safetensors reader we rely on that; our own writer replaces
+        // files by renaming, which leaves existing mappings intact.
+        let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
+        Self::parse(path.display().to_string(), Bytes::Mapped(map))
+    }
+
+    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self> {
+        Self::parse("bytes".to_owned(), Bytes::Owned(bytes))
+    }
+
+    fn parse(name: String, bytes: Bytes) -> Result<Self> {
+        let (header_len, header) =
+            SafeTensors::read_metadata(bytes.as_ref()).map_err(|source| Error::Safetensors {
+                file: name.clone(),
+                source,
+            })?;
+        let data_start = size_of::<u64>() + header_len;
+        let entries = header
+            .tensors()
+            .into_iter()
+            .map(|(tensor, info)| {
+                let (start, end) = info.data_offsets;
+                let entry = Entry {
+                    dtype: info.dtype,
+                    shape: info.shape.clone(),
+                    range: data_start + start..data_start + end,
+                };
+                (tensor, entry)
+            })
+            .collect();
+        let metadata = header.metadata().iter().flatten();
+        let metadata = metadata.map(|(k, v)| (k.clone(), v.clone())).collect();
+        Ok(Self {
+            name,
+            bytes,
+            entries,
+            metadata,
+            sha256: OnceLock::new(),
+        })
+    }
+
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.as_ref()
+    }
+
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    pub fn tensor_names(&self) -> impl Iterator<Item = &str> {
+        self.entries.keys().map(String::as_str)
+    }
+
+    pub fn has_tensor(&self, name: &str) -> bool {
+        self.entries.contains_key(name)
+    }
+
+    pub fn is_in_memory(&self) -> bool {
+        matches!(self.bytes, Bytes::Owned(_))
+    }
+
+    /// SHA-256 of the whole file in hexadecimal, as `sha256sum` prints it.
+    pub fn sha256(&self) -> &str {
+        self.sha256.get_or_init(|| {
+            let digest = Sha256::digest(self.bytes());
+            digest.iter().map(|byte| format!("{byte:02x}")).collect()
+        })
+    }
+
+    /// The tensor of that name, whatever its shape.
+    pub fn tensor(&self, name: &str) -> Result<View<'_>> {
+        let entry = self
+            .entries
+            .get(name)
+            .ok_or_else(|| self.tensor_error(name, "a tensor of that name", "none"))?;
+        let dtype = DType::try_from(entry.dtype)
+            .map_err(|found| self.tensor_error(name, "F32, F16 or BF16", format!("{found:?}")))?;
+        Ok(View {
+            dtype,
+            shape: &entry.shape,
+            bytes: &self.bytes()[entry.range.clone()],
+        })
+    }
+
+    /// The tensor of that name and shape.
+    pub fn tensor_of_shape(&self, name: &str, shape: &[usize]) -> Result<View<'_>> {
+        if !self.has_tensor(name) {
+            return Err(self.tensor_error(name, format!("shape {shape:?}"), "no such tensor"));
+        }
+        let view = self.tensor(name)?;
+        if view.shape != shape {
+            let found = format!("shape {:?}", view.shape);
+            return Err(self.tensor_error(name, format!("shape {shape:?}"), found));
+        }
+        Ok(view)
+    }
+
+    /// A small tensor as f32, read and checked to be finite.
+    pub fn small_tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let view = self.tensor_of_shape(name, shape)?;
+        let mut values = vec![0.0; view.bytes.len() / view.dtype.size()];
+        crate::tensor::widen(view.dtype, view.bytes, &mut values);
+        match values.iter().find(|x| !x.is_finite()) {
+            None => Ok(values),
+            Some(x) => Err(self.tensor_error(name, "finite values", x.to_string())),
+        }
+    }
+
+    /// Refuses tensors that are not among the known ones.
+    pub fn refuse_other_tensors(&self, known: impl Fn(&str) -> bool) -> Result<()> {
+        match self.tensor_names().find(|name| !known(name)) {
+            None => Ok(()),
+            Some(name) => Err(self.tensor_error(name, "no such tensor", "one")),
+        }
+    }
+
+    /// A required metadata value.
+    pub fn meta(&self, key: &str, expected: &str) -> Result<&str> {
+        match self.metadata.get(key) {
+            Some(value) => Ok(value),
+            None => Err(self.meta_error(key, expected, "no such key")),
+        }
+    }
+
+    /// A required metadata value that `parse` understands.
+    pub fn parse_meta<T>(
+        &self,
+        key: &str,
+        expected: &str,
+        parse: impl FnOnce(&str) -> Option<T>,
+    ) -> Result<T> {
+        let value = self.meta(key, expected)?;
+        parse(value).ok_or_else(|| self.meta_error(key, expected, format!("`{value}`")))
+    }
+
+    pub fn meta_error(
+        &self,
+        key: &str,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> Error {
+        Error::Metadata {
+            file: self.name.clone(),
+            key: key.to_owned(),
+            expected: expected.into(),
+            found: found.into(),
+        }
+    }
+
+    pub fn tensor_error(
+        &self,
+        tensor: &str,
+        expected: impl Into<String>,
+        found: impl Into<String>,
+    ) -> Error {
+        Error::Tensor {
+            file: self.name.clone(),
+            tensor: tensor.to_owned(),
+            expected: expected.into(),
+            found: found.into(),
+        }
+    }
+}
+
+impl AsRef<[u8]> for Bytes {
+    fn as_ref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Owned(bytes) => bytes,
+        }
+    }
+}
+
+impl View<'_> {
+    pub fn to_tensor(self) -> Tensor {
+        Tensor::from_bytes(self.shape, self.dtype, self.bytes)
+    }
+}
+
+impl safetensors::View for &Tensor {
+    fn dtype(&self) -> safetensors::Dtype {
+        Tensor::dtype(self).into()
+    }
+
+    fn shape(&self) -> &[usize] {
+        Tensor::shape(self)
+    }
+
+    fn data(&self) -> std::borrow::Cow<'_, [u8]> {
+        self.bytes().into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.bytes().len()
+    }
+}
+
+/// The bytes of a safetensors file; equal content gives equal bytes.
+pub(crate) fn serialize<'a>(
+    tensors: impl IntoIterator<Item = (&'a str, &'a Tensor)>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<Vec<u8>> {
+    let refused = |source| Error::Safetensors {
+        file: "bytes".to_owned(),
+        source,
+    };
+    // The safetensors crate takes metadata as a HashMap, which it writes in a different order every
+    // time. It gets none, and the header is written again with the metadata in alphabetical order.
+    let file = safetensors::serialize(tensors, None).map_err(refused)?;
+    let (len, _) = SafeTensors::read_metadata(&file).map_err(refused)?;
+    let (header, data) = file[size_of::<u64>()..].split_at(len);
+    let json = |e| refused(safetensors::SafeTensorError::JsonError(e));
+    let mut header: BTreeMap<String, serde_json::Value> =
+        serde_json::from_slice(header).map_err(json)?;
+    let metadata = serde_json::to_value(metadata).map_err(json)?;
+    header.insert("__metadata__".to_owned(), metadata);
+    let mut header = serde_json::to_vec(&header).map_err(json)?;
+    header.resize(header.len().next_multiple_of(size_of::<u64>()), b' ');
+    let mut bytes = Vec::with_capacity(size_of::<u64>() + header.len() + data.len());
+    bytes.extend((header.len() as u64).to_le_bytes());
+    bytes.extend(header);
+    bytes.extend(data);
+    Ok(bytes)
+}
+
+/// Writes a file whole or not at all: a reader, or a crash, never sees half of it.
+pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
+    let write = || -> std::io::Result<()> {
+        let folder = match path.parent() {
+            Some(folder) if !folder.as_os_str().is_empty() => folder,
+            _ => Path::new("."),
+        };
+        let mut file = tempfile::Builder::new()
+            .prefix(".vmix-")
+            .tempfile_in(folder)?;
+        file.write_all(bytes)?;
+        make_readable_as_usual(file.as_file())?;
+        file.persist(path).map_err(|e| e.error)?;
+        Ok(())
+    };
+    write().map_err(|source| Error::Io {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Temporary files are private to their owner; a model file is not.
+#[cfg(unix)]
+fn make_readable_as_usual(file: &fs::File) -> std::io::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    file.set_permissions(fs::Permissions::from_mode(0o644))
+}
+
+#[cfg(not(unix))]
+fn make_readable_as_usual(_: &fs::File) -> std::io::Result<()> {
+    Ok(())
+}

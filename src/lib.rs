@@ -1,0 +1,46 @@
+//! VMix aesthetics adapters for Stable Diffusion U-Nets.
+//!
+//! An adapter turns aesthetic labels into one tensor per cross-attention layer, V_a, that is mixed
+//! into the layer's values (paper, eq. 9):
+//!
+//! ```text
+//! x̂ = softmax(Q·Kᵀ/√d)·V_c + λ·softmax(Q·Kᵀ/√d)·V_a = softmax(Q·Kᵀ/√d)·(V_c + λ·V_a)
+//! ```
+//!
+//! V_a depends on the adapter and the labels alone, so it is computed once per choice of labels:
+//!
+//! ```no_run
+//! use vmix::{Adapter, DType, Selection};
+//!
+//! let adapter = Adapter::open("adapter.safetensors")?;
+//! let values = adapter.values(&Selection::All, adapter.apply_to(), DType::F16)?;
+//! values.save("preset.safetensors")?;
+//! # Ok::<(), vmix::Error>(())
+//! ```
+//!
+//! Files are specified in `docs/format.md`.
+
+mod adapter;
+mod attention;
+mod error;
+mod file;
+mod labels;
+mod metadata;
+mod preset;
+mod projection;
+mod tensor;
+mod unet;
+mod values;
+
+pub use adapter::Adapter;
+pub use attention::attention;
+pub use error::Error;
+pub use labels::{Label, LabelKey, Labels, Selection};
+pub use metadata::{ApplyTo, Kind, ProjectionKind, ValueWeights};
+pub use preset::{Opened, open};
+pub use tensor::{DType, Data, Tensor};
+pub use unet::{Base, Layer, Layers};
+pub use values::Values;
+
+/// What every fallible function of this crate returns.
+pub type Result<T> = std::result::Result<T, Error>;

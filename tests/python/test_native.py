@@ -1,0 +1,310 @@
+"""The native module as Python sees it: tensors in and out, selections, errors, threads."""
+
+from __future__ import annotations
+
+import gc
+import json
+import pathlib
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import vmix
+
+LABELS = ["vibrant color", "sharp focus"]
+DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+UP = "up_blocks.0.attentions.0.transformer_blocks.0.attn2"
+
+
+def parts(dim: int = 6, tokens: int = 5, width: int = 8) -> tuple[dict[str, Any], dict[str, str]]:
+    """Tensors and metadata of a small adapter of a U-Net without a table."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    labels = [{"name": n, "positive": n, "negative": f"rare{i}"} for i, n in enumerate(LABELS)]
+    metadata = {
+        "vmix.format": "1",
+        "vmix.kind": "adapter",
+        "vmix.base": "other",
+        "vmix.labels": json.dumps(labels),
+        "vmix.context_tokens": str(tokens),
+        "vmix.context_dim": str(dim),
+        "vmix.feature": "context_eot",
+        "vmix.norm_eps": "1e-5",
+        "vmix.projection": "learned",
+        "vmix.value_weights": "own",
+        "vmix.apply_to": "both",
+        "vmix.trained": "no",
+        "vmix.ldm_names": json.dumps({DOWN: "input_blocks.1.1.a", UP: "output_blocks.0.1.a"}),
+    }
+    tensors = {
+        "aes_emb": randn(2, 2, dim),
+        "projection.linear.weight": randn(tokens, 2),
+        "projection.norm.weight": randn(dim),
+        "projection.norm.bias": randn(dim),
+        "projection.zero.weight": randn(dim, dim),
+        "projection.zero.bias": randn(dim),
+        f"{DOWN}.to_v_aes.weight": randn(width, dim),
+        f"{UP}.to_v_aes.weight": randn(4, dim),
+    }
+    return tensors, metadata
+
+
+@pytest.fixture
+def adapter() -> vmix.Adapter:
+    return vmix.Adapter.from_tensors(*parts())
+
+
+def v_a(tensors: dict[str, Any], layer: str, weights: list[float]) -> torch.Tensor:
+    """Equations 4 to 7 in torch."""
+    positive, negative = tensors["aes_emb"].unbind(1)
+    f_t = negative + torch.tensor(weights)[:, None] * (positive - negative)
+    mixed = tensors["projection.linear.weight"] @ f_t
+    norm = tensors["projection.norm.weight"], tensors["projection.norm.bias"]
+    normed = torch.nn.functional.layer_norm(mixed, mixed.shape[-1:], *norm, 1e-5)
+    f_a = normed @ tensors["projection.zero.weight"].T + tensors["projection.zero.bias"]
+    return f_a @ tensors[f"{layer}.to_v_aes.weight"].T
+
+
+@pytest.mark.parametrize(
+    ("selection", "weights"),
+    [
+        (None, [1, 1]),
+        ("all", [1, 1]),
+        ("none", [0, 0]),
+        ("sharp focus", [0, 1]),
+        (["vibrant color"], [1, 0]),
+        (("vibrant color", "sharp focus"), [1, 1]),
+        ([], [0, 0]),
+        ({"vibrant color": 0.25, "sharp focus": 2}, [0.25, 2]),
+    ],
+)
+def test_values_against_torch(adapter: vmix.Adapter, selection: Any, weights: list[float]) -> None:
+    assert adapter.weights(selection) == dict(zip(LABELS, weights, strict=True))
+    values = adapter.values(selection)
+    assert values.selection == dict(zip(LABELS, weights, strict=True))
+    tensors, _ = parts()
+    for layer in (DOWN, UP):
+        found = torch.from_dlpack(values[layer])
+        # f32 on both sides; LayerNorm may magnify rounding.
+        torch.testing.assert_close(found, v_a(tensors, layer, weights), rtol=1e-5, atol=1e-5)
+
+
+def test_what_an_adapter_tells(adapter: vmix.Adapter) -> None:
+    assert (adapter.base, adapter.context_tokens, adapter.context_dim) == ("other", 5, 6)
+    assert (adapter.projection, adapter.value_weights) == ("learned", "own")
+    assert (adapter.apply_to, adapter.trained) == ("both", "no")
+    assert [label.name for label in adapter.labels] == LABELS
+    label = adapter.labels[1]
+    assert (label.positive, label.negative, label.default) == ("sharp focus", "rare1", 1.0)
+    assert (label.neutral, label.dimension, label.display_names) == (None, "", {})
+    assert [(layer.name, layer.ldm_name, layer.inner_dim) for layer in adapter.layers] == [
+        (DOWN, "input_blocks.1.1.a", 8),
+        (UP, "output_blocks.0.1.a", 4),
+    ]
+    assert adapter.metadata == parts()[1]
+    assert tuple(adapter.aes_embed().shape) == (2, 6)
+    assert tuple(adapter.project("none").shape) == (5, 6)
+
+
+def test_files(adapter: vmix.Adapter, tmp_path: pathlib.Path) -> None:
+    adapter.save(tmp_path / "adapter.safetensors")
+    opened = vmix.open(tmp_path / "adapter.safetensors")
+    assert isinstance(opened, vmix.Adapter)
+    values = opened.values("sharp focus", apply_to="contrast", dtype="float16")
+    values.save(str(tmp_path / "preset.safetensors"))
+    for preset in (
+        vmix.open(tmp_path / "preset.safetensors"),
+        vmix.Values.from_bytes((tmp_path / "preset.safetensors").read_bytes()),
+    ):
+        assert isinstance(preset, vmix.Values)
+        assert (preset.dtype, preset.apply_to, preset.origin) == (
+            "float16",
+            "contrast",
+            values.origin,
+        )
+        for layer in preset:
+            for pair in (
+                (preset[layer], values[layer]),
+                (preset.uncond(layer), values.uncond(layer)),
+            ):
+                found, expected = map(torch.from_dlpack, pair)
+                assert torch.equal(found, expected)
+    assert adapter.values().uncond(DOWN) is None
+
+
+def test_safetensors_of_python_reads_what_we_write(
+    adapter: vmix.Adapter, tmp_path: pathlib.Path
+) -> None:
+    from safetensors import safe_open
+
+    adapter.save(tmp_path / "adapter.safetensors")
+    tensors, metadata = parts()
+    with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert set(file.keys()) == set(tensors)
+        for name, tensor in tensors.items():
+            assert torch.equal(file.get_tensor(name), tensor)
+
+
+def test_values_are_a_mapping(adapter: vmix.Adapter) -> None:
+    values = adapter.values()
+    assert list(values) == [DOWN, UP]
+    assert len(values) == 2
+    assert DOWN in values
+    assert "input_blocks.1.1.a" in values
+    assert "elsewhere" not in values
+    assert 7 not in values
+    with pytest.raises(KeyError, match="there are 2 layers"):
+        values["elsewhere"]
+    with pytest.raises(KeyError, match="did you mean `down_blocks"):
+        values[DOWN.replace("0.attn2", "1.attn2")]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_tensors_leave_without_a_copy(adapter: vmix.Adapter, dtype: Any) -> None:
+    values = adapter.values(dtype=dtype)
+    tensor = values[DOWN]
+    assert (tensor.shape, tensor.dtype) == ((5, 8), dtype)
+    first, second = torch.from_dlpack(tensor), torch.from_dlpack(values[DOWN])
+    assert first.data_ptr() == second.data_ptr()
+    assert first.dtype == getattr(torch, dtype)
+    if dtype != "bfloat16":  # numpy has none
+        array = np.from_dlpack(tensor)
+        assert array.__array_interface__["data"][0] == first.data_ptr()
+        np.testing.assert_array_equal(array, first.numpy())
+    # The memory lives as long as anybody looks at it.
+    expected = first.clone()
+    del values, tensor, second, adapter
+    gc.collect()
+    assert torch.equal(first, expected)
+
+
+def literal(q: Any, k: Any, v: Any, a: Any, strength: float, heads: int) -> torch.Tensor:
+    """The paper's two branches (eq. 9) in f64."""
+    a = a.repeat(k.shape[1] // a.shape[0], 1).expand_as(v)
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        return x.double().unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    map_ = (split(q) @ split(k).mT / split(q).shape[-1] ** 0.5).softmax(-1)
+    return (map_ @ split(v) + strength * (map_ @ split(a))).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    # Computed in f32 and rounded once: one unit in the last place of outputs up to 4.
+    [(torch.float32, 3e-6), (torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)],
+)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_attention_is_the_two_branches(dtype: Any, tolerance: float, chunks: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    q, k = randn(2, 9, 12), randn(2, 5 * chunks, 12)
+    v, a = randn(2, 5 * chunks, 12), randn(5, 12)
+    found = torch.from_dlpack(vmix.attention(q, k, v, a, 0.7, 3))
+    assert found.dtype == dtype
+    error = (found.double() - literal(q, k, v, a, 0.7, 3)).abs().max()
+    assert error < tolerance
+    off = torch.from_dlpack(vmix.attention(q, k, v, a, 0.0, 3))
+    assert torch.equal(off, torch.from_dlpack(vmix.attention(q, k, v, torch.zeros_like(a), 1, 3)))
+
+
+def test_tensors_come_in_strided_and_from_numpy() -> None:
+    q = torch.randn(4, 2, 12).transpose(0, 1)
+    k = torch.randn(2, 5, 24)[:, :, ::2]
+    a = torch.randn(12, 5).T
+    expected = torch.from_dlpack(
+        vmix.attention(*(t.contiguous() for t in (q, k, k, a)), strength=1.5, heads=2)
+    )
+    assert torch.equal(torch.from_dlpack(vmix.attention(q, k, k, a, 1.5, 2)), expected)
+    arrays = [t.numpy() for t in (q, k, k, a)]
+    arrays[0].flags.writeable = False
+    assert torch.equal(torch.from_dlpack(vmix.attention(*arrays, 1.5, 2)), expected)
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        (torch.ones(1, 2, 4, requires_grad=True), vmix.VMixError, "one that requires grad"),
+        (torch.ones(1, 2, 4, dtype=torch.int32), vmix.VMixError, "found torch.int32"),
+        (np.ones((1, 2, 4)), vmix.VMixError, "float32, float16, bfloat16, found float64"),
+        (torch.ones(1, 2, 4, device="meta"), vmix.VMixError, "on the CPU.*found.*meta"),
+        (torch.ones(1, 2, 4).to_sparse(), vmix.VMixError, "query: expected"),
+        (torch.ones(2, 4), vmix.VMixError, r"query: expected shape .*found shape \[2, 4\]"),
+        ([[1.0]], TypeError, "query: expected a tensor .* found list"),
+        (None, TypeError, "found NoneType"),
+    ],
+)
+def test_tensors_that_cannot_come_in(bad: Any, error: type[Exception], message: str) -> None:
+    good = torch.ones(1, 2, 4)
+    with pytest.raises(error, match=message):
+        vmix.attention(bad, good, good, torch.ones(2, 4), 1.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("selection", "error", "message"),
+    [
+        ("vibrant colour", vmix.VMixError, "did you mean `vibrant color`"),
+        ({"bokeh": 1.0}, vmix.VMixError, "known labels: vibrant color, sharp focus"),
+        ({"sharp focus": float("nan")}, vmix.VMixError, "sharp focus.*finite number, found NaN"),
+        ({"sharp focus": "much"}, TypeError, "selection: expected None, a label"),
+        ([1], TypeError, "selection: expected None, a label"),
+        (3.5, TypeError, "found float"),
+    ],
+)
+def test_selections_that_are_refused(
+    adapter: vmix.Adapter, selection: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        adapter.values(selection)
+
+
+def test_other_refusals(adapter: vmix.Adapter, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(vmix.VMixError, match="absent.*No such file"):
+        vmix.open(tmp_path / "absent")
+    with pytest.raises(vmix.VMixError, match="not a safetensors file"):
+        vmix.Adapter.from_bytes(b"\x80\x04pickle")
+    with pytest.raises(vmix.VMixError, match="apply_to: expected one of cond, both, contrast"):
+        adapter.values(apply_to="uncond")  # type: ignore[arg-type]
+    with pytest.raises(vmix.VMixError, match="dtype: expected one of float32"):
+        adapter.values(dtype="int8")  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        vmix.Adapter.open(3)  # type: ignore[arg-type]
+    tensors, metadata = parts()
+    tensors["aes_emb"].requires_grad_()
+    with pytest.raises(vmix.VMixError, match="`aes_emb`.*requires grad"):
+        vmix.Adapter.from_tensors(tensors, metadata)
+    assert issubclass(vmix.VMixError, ValueError)
+
+
+def test_other_threads_run_meanwhile() -> None:
+    """The GIL is released: a counting thread gets on while values are computed."""
+    adapter = vmix.Adapter.from_tensors(*parts(dim=2048, tokens=77, width=20_000))
+    counts: list[int] = []
+    done = threading.Event()
+
+    def count() -> None:
+        n = 0
+        while not done.is_set():
+            n += 1
+            time.sleep(0)
+        counts.append(n)
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    before = time.perf_counter()
+    adapter.values()
+    elapsed = time.perf_counter() - before
+    done.set()
+    thread.join()
+    # With the GIL held the thread could count only before and after.
+    assert counts[0] > 10 * elapsed / 0.05, (counts, elapsed)
