@@ -50,7 +50,9 @@ demo-report: setup ## measures everything that docs/demo/README.md states, and w
 
 bench: .venv/ready ## ratios to vanilla diffusers and to safetensors + torch
 	cargo build --locked --release --workspace
-	PYTHONPATH= $(PY) benches/run.py
+	cp target/release/lib_native.$(NATIVE) python/vmix/_native.abi3.so
+	$(PY) benches/bench_values.py
+	$(PY) benches/bench_diffusers.py
 
 requirements: .venv/ready ## pins the newest versions of everything in requirements-dev.txt
 	.venv/bin/uv pip compile --quiet --universal --upgrade --extra dev --python-version 3.11 \

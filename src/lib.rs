@@ -39,7 +39,7 @@ pub use labels::{Label, LabelKey, Labels, Selection};
 pub use metadata::{ApplyTo, Kind, ProjectionKind, ValueWeights};
 pub use preset::{Opened, open};
 pub use tensor::{DType, Data, Tensor};
-pub use unet::{Base, Layer, Layers};
+pub use unet::{Base, Layer, Layers, ldm_name};
 pub use values::Values;
 
 /// What every fallible function of this crate returns.

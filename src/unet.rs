@@ -110,35 +110,50 @@ impl Base {
 
 impl Block {
     fn layers(&self) -> impl Iterator<Item = Layer> + '_ {
+        let block = match self.place {
+            Down(level) => format!("down_blocks.{level}"),
+            Mid => "mid_block".to_owned(),
+            Up(level) => format!("up_blocks.{level}"),
+        };
         (0..self.attentions).flat_map(move |attention| {
-            let (diffusers, ldm) = match self.place {
-                Down(level) => (
-                    format!("down_blocks.{level}.attentions.{attention}"),
-                    // Block 0 is the first convolution; every level ends in a downsampler.
-                    format!(
-                        "input_blocks.{}.1",
-                        1 + level * (LAYERS_PER_BLOCK + 1) + attention
-                    ),
-                ),
-                Mid => (
-                    format!("mid_block.attentions.{attention}"),
-                    format!("middle_block.{}", attention + 1),
-                ),
-                Up(level) => (
-                    format!("up_blocks.{level}.attentions.{attention}"),
-                    format!(
-                        "output_blocks.{}.1",
-                        level * (LAYERS_PER_BLOCK + 1) + attention
-                    ),
-                ),
-            };
-            (0..self.depth).map(move |depth| Layer {
-                name: format!("{diffusers}.transformer_blocks.{depth}.attn2"),
-                ldm_name: Some(format!("{ldm}.transformer_blocks.{depth}.attn2")),
-                inner_dim: self.inner_dim,
+            let block = block.clone();
+            (0..self.depth).map(move |depth| {
+                let name =
+                    format!("{block}.attentions.{attention}.transformer_blocks.{depth}.attn2");
+                Layer {
+                    ldm_name: ldm_name(&name, LAYERS_PER_BLOCK),
+                    inner_dim: self.inner_dim,
+                    name,
+                }
             })
         })
     }
+}
+
+/// The LDM path of a diffusers path, in a U-Net whose levels are laid out as Stable Diffusion's,
+/// with `layers_per_block` residual layers each (2 in SD1.5 and SDXL); `None` if the name is not
+/// one of a spatial transformer's parts.
+pub fn ldm_name(diffusers_name: &str, layers_per_block: usize) -> Option<String> {
+    let (place, rest) = diffusers_name.split_once(".attentions.")?;
+    let (attention, rest) = rest.split_once(".transformer_blocks.")?;
+    let attention: usize = attention.parse().ok()?;
+    let level = |prefix| place.strip_prefix(prefix)?.parse::<usize>().ok();
+    let number = |level| {
+        (layers_per_block + 1)
+            .checked_mul(level)?
+            .checked_add(attention)
+    };
+    let block = if place == "mid_block" {
+        // Between two residual layers, and alone.
+        (attention == 0).then(|| "middle_block.1".to_owned())?
+    } else if let Some(level) = level("down_blocks.") {
+        // Block 0 is the first convolution; every level ends in a downsampler.
+        format!("input_blocks.{}.1", number(level)?.checked_add(1)?)
+    } else {
+        // Up blocks have one layer more, and their upsampler shares a block with the last.
+        format!("output_blocks.{}.1", number(level("up_blocks.")?)?)
+    };
+    Some(format!("{block}.transformer_blocks.{rest}"))
 }
 
 /// The cross-attention layers of one U-Net, found by either name.
@@ -251,6 +266,23 @@ mod tests {
                 Some(&*ldm)
             );
             assert_eq!(layers.get(&ldm).unwrap().name, diffusers);
+        }
+    }
+
+    #[test]
+    fn names_of_other_depths_translate_too() {
+        let ldm =
+            |name: &str, layers| ldm_name(&format!("{name}.transformer_blocks.1.attn2"), layers);
+        for (name, layers, expected) in [
+            ("down_blocks.1.attentions.0", 1, Some("input_blocks.3.1")),
+            ("up_blocks.1.attentions.1", 1, Some("output_blocks.3.1")),
+            ("mid_block.attentions.1", 1, None),
+            ("down_blocks.x.attentions.0", 1, None),
+            ("motion_modules.0.attentions.0", 1, None),
+            ("up_blocks.18446744073709551615.attentions.0", 1, None),
+        ] {
+            let expected = expected.map(|block| format!("{block}.transformer_blocks.1.attn2"));
+            assert_eq!(ldm(name, layers), expected, "{name}");
         }
     }
 

@@ -18,7 +18,9 @@ from vmix._native import (
     VMixError,
     __version__,
     attention,
+    ldm_name,
     open,
+    unet_layers,
 )
 
 __all__ = [
@@ -30,5 +32,7 @@ __all__ = [
     "Values",
     "__version__",
     "attention",
+    "ldm_name",
     "open",
+    "unet_layers",
 ]

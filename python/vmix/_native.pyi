@@ -4,6 +4,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Final, Literal, TypeAlias, final
 
+__all__ = [
+    "Adapter",
+    "Label",
+    "Layer",
+    "Tensor",
+    "VMixError",
+    "Values",
+    "__version__",
+    "attention",
+    "ldm_name",
+    "open",
+    "unet_layers",
+]
+
 _Selection: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
 _ApplyTo: TypeAlias = Literal["cond", "both", "contrast"]
 _DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
@@ -138,3 +152,11 @@ class Values:
 def attention(
     query: Any, key: Any, value: Any, aes_value: Any, strength: float, heads: int
 ) -> Tensor: ...
+def open(path: str | PathLike[str]) -> Adapter | Values:
+    """Opens an adapter or a preset; the file's own metadata says which it is."""
+
+def unet_layers(base: Literal["sd15", "sdxl"]) -> list[Layer]:
+    """The cross-attention layers of a known base, down to up."""
+
+def ldm_name(name: str, layers_per_block: int = 2) -> str | None:
+    """The LDM path of a diffusers path; None if it is not one of a spatial transformer's parts."""

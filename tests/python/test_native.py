@@ -269,7 +269,7 @@ def test_selections_that_are_refused(
 
 
 def test_other_refusals(adapter: vmix.Adapter, tmp_path: pathlib.Path) -> None:
-    with pytest.raises(vmix.VMixError, match="absent.*No such file"):
+    with pytest.raises(vmix.VMixError, match=r"absent.*No such file"):
         vmix.open(tmp_path / "absent")
     with pytest.raises(vmix.VMixError, match="not a safetensors file"):
         vmix.Adapter.from_bytes(b"\x80\x04pickle")
@@ -281,7 +281,7 @@ def test_other_refusals(adapter: vmix.Adapter, tmp_path: pathlib.Path) -> None:
         vmix.Adapter.open(3)  # type: ignore[arg-type]
     tensors, metadata = parts()
     tensors["aes_emb"].requires_grad_()
-    with pytest.raises(vmix.VMixError, match="`aes_emb`.*requires grad"):
+    with pytest.raises(vmix.VMixError, match=r"`aes_emb`.*requires grad"):
         vmix.Adapter.from_tensors(tensors, metadata)
     assert issubclass(vmix.VMixError, ValueError)
 

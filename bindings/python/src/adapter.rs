@@ -10,7 +10,8 @@ use pyo3::{
 use vmix::Opened;
 
 use crate::{
-    selection::{self, Selection},
+    VMixError,
+    selection::{self, Selection, chosen},
     tensor::{Tensor, import},
     to_py,
     values::Values,
@@ -106,40 +107,45 @@ impl Adapter {
         self.0.metadata().clone()
     }
 
-    #[pyo3(signature = (selection=Selection(vmix::Selection::Default)))]
-    fn weights<'py>(&self, py: Python<'py>, selection: Selection) -> PyResult<Bound<'py, PyDict>> {
-        let weights = self.0.labels().weights(&selection.0).map_err(to_py)?;
+    #[pyo3(signature = (selection=None))]
+    fn weights<'py>(
+        &self,
+        py: Python<'py>,
+        selection: Option<Selection>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let weights = self.0.labels().weights(&chosen(selection)).map_err(to_py)?;
         selection::weights(py, self.0.labels(), &weights)
     }
 
-    #[pyo3(signature = (selection=Selection(vmix::Selection::Default)))]
-    fn aes_embed(&self, py: Python<'_>, selection: Selection) -> PyResult<Tensor> {
-        let f_t = py
-            .detach(|| self.0.aes_embed(&selection.0))
-            .map_err(to_py)?;
+    #[pyo3(signature = (selection=None))]
+    fn aes_embed(&self, py: Python<'_>, selection: Option<Selection>) -> PyResult<Tensor> {
+        let selection = chosen(selection);
+        let f_t = py.detach(|| self.0.aes_embed(&selection)).map_err(to_py)?;
         Ok(Tensor(Arc::new(f_t)))
     }
 
-    #[pyo3(signature = (selection=Selection(vmix::Selection::Default)))]
-    fn project(&self, py: Python<'_>, selection: Selection) -> PyResult<Tensor> {
-        let f_a = py.detach(|| self.0.project(&selection.0)).map_err(to_py)?;
+    #[pyo3(signature = (selection=None))]
+    fn project(&self, py: Python<'_>, selection: Option<Selection>) -> PyResult<Tensor> {
+        let selection = chosen(selection);
+        let f_a = py.detach(|| self.0.project(&selection)).map_err(to_py)?;
         Ok(Tensor(Arc::new(f_a)))
     }
 
     #[pyo3(signature = (
-        selection=Selection(vmix::Selection::Default), *, apply_to=None, dtype="float32"
+        selection=None, *, apply_to=None, dtype="float32"
     ))]
     fn values(
         &self,
         py: Python<'_>,
-        selection: Selection,
+        selection: Option<Selection>,
         apply_to: Option<&str>,
         dtype: &str,
     ) -> PyResult<Values> {
+        let selection = chosen(selection);
         let apply_to = apply_to.map(selection::apply_to).transpose()?;
         let apply_to = apply_to.unwrap_or(self.0.apply_to());
         let dtype = selection::dtype(dtype)?;
-        py.detach(|| self.0.values(&selection.0, apply_to, dtype))
+        py.detach(|| self.0.values(&selection, apply_to, dtype))
             .map(Values)
             .map_err(to_py)
     }
@@ -162,6 +168,22 @@ pub fn open(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyAny>> {
         Opened::Preset(values) => Values(values).into_py_any(py),
         _ => unreachable!("the crate in this workspace opens adapters and presets"),
     }
+}
+
+/// The cross-attention layers of "sd15" or "sdxl".
+#[pyfunction]
+pub fn unet_layers(base: &str) -> PyResult<Vec<Layer>> {
+    let known = vmix::Base::from_name(base).and_then(vmix::Base::layers);
+    known.map(|known| layers(&known)).ok_or_else(|| {
+        VMixError::new_err(format!("base: expected one of sd15, sdxl, found `{base}`"))
+    })
+}
+
+/// The LDM path of a diffusers path; None if it is not one of a spatial transformer's parts.
+#[pyfunction]
+#[pyo3(signature = (name, layers_per_block=2))]
+pub fn ldm_name(name: &str, layers_per_block: usize) -> Option<String> {
+    vmix::ldm_name(name, layers_per_block)
 }
 
 #[pyclass(module = "vmix", frozen, get_all)]

@@ -28,7 +28,7 @@ mod _native {
     #[pymodule_export]
     use super::VMixError;
     #[pymodule_export]
-    use super::adapter::{Adapter, Label, Layer, open};
+    use super::adapter::{Adapter, Label, Layer, ldm_name, open, unet_layers};
     #[pymodule_export]
     use super::attention::attention;
     #[pymodule_export]

@@ -9,7 +9,7 @@ use vmix::{ApplyTo, DType};
 
 use crate::VMixError;
 
-/// None, "all", "none", a label, a list of labels or a mapping label → weight.
+/// "all", "none", a label, a list of labels or a mapping label → weight.
 pub struct Selection(pub vmix::Selection);
 
 impl<'a, 'py> FromPyObject<'a, 'py> for Selection {
@@ -23,9 +23,7 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Selection {
                 type_name(&object)
             ))
         };
-        let selection = if object.is_none() {
-            vmix::Selection::Default
-        } else if object.is_instance_of::<PyString>() {
+        let selection = if object.is_instance_of::<PyString>() {
             match object.extract::<String>()?.as_str() {
                 "all" => vmix::Selection::All,
                 "none" => vmix::Selection::None,
@@ -42,6 +40,11 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Selection {
         };
         Ok(Self(selection))
     }
+}
+
+/// No selection means the file's own default weights.
+pub fn chosen(selection: Option<Selection>) -> vmix::Selection {
+    selection.map_or(vmix::Selection::Default, |selection| selection.0)
 }
 
 pub fn apply_to(name: &str) -> PyResult<ApplyTo> {
