@@ -123,6 +123,7 @@ impl Adapter {
         };
 
         let layers = read_layers(&file, common.base, value_weights)?;
+        check_result_size(&file, sizes, &layers)?;
         if value_weights == ValueWeights::Own {
             for layer in layers.iter() {
                 file.tensor_of_shape(&value_weight(layer), &[layer.inner_dim, dim])?;
@@ -349,4 +350,24 @@ fn read_layers(file: &File, base: Base, value_weights: ValueWeights) -> Result<L
         return Err(file.meta_error("vmix.ldm_names", "at least one layer", "none"));
     }
     Ok(Layers::sorted(layers))
+}
+
+/// Numbers that f_a and V_a of all layers may have together: 40 times those of SDXL.
+const MAX_RESULT: usize = 1 << 28;
+
+/// Refuses small files that ask for huge results, before anything is allocated.
+fn check_result_size(file: &File, sizes: Sizes, layers: &Layers) -> Result<()> {
+    let widths = layers.iter().map(|layer| layer.inner_dim);
+    let total = widths
+        .chain([sizes.dim])
+        .try_fold(0usize, usize::checked_add)
+        .and_then(|width| width.checked_mul(sizes.tokens));
+    match total {
+        Some(total) if total <= MAX_RESULT => Ok(()),
+        _ => Err(file.meta_error(
+            "vmix.context_tokens",
+            format!("at most {MAX_RESULT} numbers in the values of all layers"),
+            format!("more, with {} tokens", sizes.tokens),
+        )),
+    }
 }

@@ -280,11 +280,15 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
-        let mut file = tempfile::Builder::new()
-            .prefix(".vmix-")
-            .tempfile_in(folder)?;
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".vmix-");
+        // Temporary files are private to their owner; a model file is as the umask says.
+        #[cfg(unix)]
+        let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
+        #[cfg(unix)]
+        builder.permissions(permissions);
+        let mut file = builder.tempfile_in(folder)?;
         file.write_all(bytes)?;
-        make_readable_as_usual(file.as_file())?;
         file.persist(path).map_err(|e| e.error)?;
         Ok(())
     };
@@ -292,16 +296,4 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         path: path.to_owned(),
         source,
     })
-}
-
-/// Temporary files are private to their owner; a model file is not.
-#[cfg(unix)]
-fn make_readable_as_usual(file: &fs::File) -> std::io::Result<()> {
-    use std::os::unix::fs::PermissionsExt;
-    file.set_permissions(fs::Permissions::from_mode(0o644))
-}
-
-#[cfg(not(unix))]
-fn make_readable_as_usual(_: &fs::File) -> std::io::Result<()> {
-    Ok(())
 }

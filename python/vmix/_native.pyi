@@ -25,7 +25,7 @@ _DType: TypeAlias = Literal["float32", "float16", "bfloat16"]
 __version__: Final[str]
 
 class VMixError(ValueError):
-    """Anything the library refuses; the message names the thing, what was expected and what came."""
+    """What the library refuses; the message names the thing, what was expected and what came."""
 
 @final
 class Label:

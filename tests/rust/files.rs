@@ -291,6 +291,43 @@ fn value_weights_are_checked_when_they_are_used() {
     );
 }
 
+/// A few bytes must not be able to ask for all memory.
+#[test]
+fn sizes_are_checked_before_they_are_believed() {
+    for width in [1usize << 30, usize::MAX] {
+        let mut parts = small();
+        parts.set("vmix.value_weights", "base");
+        let dims = parts.metadata["vmix.ldm_names"].clone();
+        let dims: std::collections::BTreeMap<String, String> = serde_json::from_str(&dims).unwrap();
+        let dims: Vec<_> = dims
+            .keys()
+            .map(|name| format!("\"{name}\": {width}"))
+            .collect();
+        parts.set("vmix.inner_dims", &format!("{{{}}}", dims.join(", ")));
+        parts
+            .tensors
+            .retain(|name, _| !name.ends_with("to_v_aes.weight"));
+        let error = parts.adapter().unwrap_err().to_string();
+        assert!(error.contains("at most 268435456 numbers"), "{error}");
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn files_are_as_readable_as_any_other() {
+    use std::os::unix::fs::PermissionsExt;
+
+    let folder = tempfile::tempdir().unwrap();
+    let (ours, any) = (
+        folder.path().join("ours.safetensors"),
+        folder.path().join("any"),
+    );
+    small().adapter().unwrap().save(&ours).unwrap();
+    std::fs::write(&any, "").unwrap();
+    let mode = |path| std::fs::metadata(path).unwrap().permissions().mode();
+    assert_eq!(mode(&ours), mode(&any));
+}
+
 #[test]
 fn presets_are_checked_too() {
     let adapter = small().adapter().unwrap();

@@ -13,7 +13,7 @@ create_exception!(
     vmix,
     VMixError,
     PyValueError,
-    "Anything the library refuses; the message names the thing, what was expected and what came."
+    "What the library refuses; the message names the thing, what was expected and what came."
 );
 
 /// Converts the library's errors; the message is the library's own.
