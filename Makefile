@@ -23,7 +23,8 @@ setup: .venv/ready python/vmix/_native.abi3.so ## the environment and the native
 # Tests and module are built in one go, so that every dependency is compiled once.
 python/vmix/_native.abi3.so: $(RUST_SOURCES)
 	cargo build --locked --workspace --all-targets
-	cp target/debug/lib_native.$(NATIVE) $@
+	# Renamed into place: a module that a running process has mapped must not change.
+	cp target/debug/lib_native.$(NATIVE) $@.new && mv $@.new $@
 
 test: setup ## the tests; under 15 minutes on two cores, set-up included
 	cargo test --locked --workspace
@@ -50,7 +51,8 @@ demo-report: setup ## measures everything that docs/demo/README.md states, and w
 
 bench: .venv/ready ## ratios to vanilla diffusers and to safetensors + torch
 	cargo build --locked --release --workspace
-	cp target/release/lib_native.$(NATIVE) python/vmix/_native.abi3.so
+	cp target/release/lib_native.$(NATIVE) python/vmix/_native.abi3.so.new
+	mv python/vmix/_native.abi3.so.new python/vmix/_native.abi3.so
 	$(PY) benches/bench_values.py
 	$(PY) benches/bench_diffusers.py
 

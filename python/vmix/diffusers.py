@@ -1,0 +1,533 @@
+"""VMix in a diffusers pipeline: `load_vmix`, `set_vmix_scale`, `unload_vmix`.
+
+Both branches of the paper share one attention map (eq. 8 and 9), so that
+
+    softmax(Q·K_cᵀ/√d)·V_c + λ·softmax(Q·K_cᵀ/√d)·V_a = softmax(Q·K_cᵀ/√d)·(V_c + λ·V_a),
+
+and all there is to do is to add λ·V_a to what `attn2.to_v` returns. Attention processors are left
+alone: that is where IP-Adapter, PAG and xformers live.
+
+The patch is an instance `forward` on the linear layer below any LoRA wrapper, and not a forward
+hook: compiled code is guarded by the former and never notices the latter. λ·V_a is held as a
+tensor, which compiled code reads anew at every call, so that a new scale recompiles nothing.
+
+Everything hangs on the pipeline's U-Net and goes away with `unload_vmix`. Which half of a batch is
+conditional is known to the pipeline alone: the U-Net remembers the pipeline it was last given
+with, so call `load_vmix` or `set_vmix_scale` on a pipeline made by `from_pipe` before it runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+import os
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+
+import vmix
+from vmix import Adapter, Values, VMixError
+
+__all__ = ["load_vmix", "set_vmix_scale", "unload_vmix"]
+
+ApplyTo: TypeAlias = Literal["cond", "both", "contrast"]
+Selection: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
+Scale: TypeAlias = float | Mapping[str, Any]
+_Pair: TypeAlias = tuple[Tensor, Tensor | None]
+
+_CONTEXT_DIMS = {"sd15": 768, "sdxl": 2048}
+_BASES = {(768, 16): "sd15", (2048, 70): "sdxl"}
+# Arguments of pipelines whose batch is not [uncond; cond], or whose U-Net also runs one half alone.
+_OTHER_BATCHES = ("image_guidance_scale", "sag_scale", "token_indices")
+
+
+def load_vmix(
+    pipe: Any,
+    adapter_or_preset: str | os.PathLike[str] | Adapter | Values,
+    selection: Selection = None,
+    scale: Scale = 1.0,
+    apply_to: ApplyTo | None = None,
+    adapter_name: str = "default",
+    start: float = 0.0,
+    end: float = 1.0,
+) -> None:
+    """Adds a VMix adapter or preset to the pipeline's U-Net.
+
+    Args:
+        pipe: a pipeline with a `UNet2DConditionModel`; compiled, offloaded or with LoRAs is fine.
+        adapter_or_preset: a file, an `Adapter` or the `Values` of one selection.
+        selection: the labels, for an adapter; its default weights if None.
+        scale: λ of eq. 9; a number or a dictionary per block, see `set_vmix_scale`.
+        apply_to: the passes of classifier-free guidance that are mixed: "cond", "both", or
+            "contrast" (the selection on cond, its negatives on uncond); the file's own if None.
+        adapter_name: several names add up. A name that is already loaded is replaced: loading
+            again is how the labels are changed.
+        start, end: the part of `scheduler.timesteps` in which the adapter acts, as fractions;
+            step i of n is inside if start ≤ i/n and (i+1)/n ≤ end, as ControlNet counts.
+
+    Where the file says that the base's own value weights are used, V_a is computed from them, and
+    from active LoRAs, as they are now: load again after they changed.
+    """
+    unet = _unet(pipe)
+    source = _open(adapter_or_preset, selection)
+    policy = apply_to or source.apply_to
+    if policy not in ("cond", "both", "contrast"):
+        raise VMixError(f"apply_to: expected cond, both or contrast, found {policy!r}")
+    if not 0.0 <= start < end <= 1.0:
+        raise VMixError(f"start and end: expected 0 <= start < end <= 1, found {start} and {end}")
+    _check_pipeline(pipe, policy)
+    attns = _cross_attentions(unet)
+    _check_layout(source, attns)
+    for path, attn in attns.items():
+        _check_rescaling(path, attn)
+    scales = _scales(scale, attns)
+    state: _State = getattr(unet, "_vmix", None) or _State()
+    adapter = _Adapter(source.context_tokens, policy, start, end)
+    values = _values(source, selection, policy, attns, state)
+    mixes = {
+        path: _Mix(path, pair, scales[path], adapter, _linear(attns[path]).weight)
+        for path, pair in values.items()
+    }
+
+    # Nothing has been changed up to here, nothing can fail from here on.
+    state.bind(pipe, unet)
+    state.adapters[adapter_name] = adapter
+    for path, mix in mixes.items():
+        if path not in state.layers:
+            state.layers[path] = _Layer(path, attns[path], state)
+            state.layers[path].install()
+        state.layers[path].mixes[adapter_name] = mix
+    state.watch_steps(unet)
+    unet._vmix = state
+    unet.fuse_qkv_projections = _refuse_fusing
+
+
+def set_vmix_scale(pipe: Any, scale: Scale, adapter_name: str = "default") -> None:
+    """Sets λ of eq. 9, from 0 (bit-identical to the bare pipeline) upwards, or below 0.
+
+    `scale` is a number, or a dictionary as LoRA scales are given: `{"down": 0.5, "mid": 1.0,
+    "up": {"block_1": 0.7, "block_2": [0.2, 0.4, 0.6]}}`, the list holding one scale per attention
+    of the block. What is left out is 1.0.
+    """
+    unet = _unet(pipe)
+    state = _loaded(unet, adapter_name)
+    _check_pipeline(pipe, state.adapters[adapter_name].apply_to)
+    for path, value in _scales(scale, state.layers).items():
+        state.layers[path].mixes[adapter_name].set_scale(value)
+    state.bind(pipe, unet)
+
+
+def unload_vmix(pipe: Any, adapter_name: str = "default") -> None:
+    """Removes an adapter; with the last one, everything this module put on the U-Net."""
+    unet = _unet(pipe)
+    state = _loaded(unet, adapter_name)
+    del state.adapters[adapter_name]
+    for layer in state.layers.values():
+        del layer.mixes[adapter_name]
+    state.watch_steps(unet)
+    if not state.adapters:
+        for layer in state.layers.values():
+            layer.remove()
+        del unet._vmix
+        del unet.fuse_qkv_projections
+
+
+class _Adapter:
+    """What one loaded adapter shares between its layers."""
+
+    def __init__(self, tokens: int, apply_to: str, start: float, end: float) -> None:
+        self.tokens = tokens
+        self.apply_to = apply_to
+        self.start = start
+        self.end = end
+        self.gate: Tensor | None = None  # 1 within the window of steps and 0 outside; None: always
+
+    @property
+    def windowed(self) -> bool:
+        return self.start > 0.0 or self.end < 1.0
+
+
+class _Mix:
+    """λ·V_a of one adapter in one layer, [C, inner_dim] each for cond and, perhaps, uncond."""
+
+    def __init__(
+        self, path: str, values: _Pair, scale: float, adapter: _Adapter, like: Tensor
+    ) -> None:
+        self.path = path
+        self.values = values  # V_a as the library made it, on the CPU
+        self.scale = scale
+        self.adapter = adapter
+        # An offloaded weight is on "meta" and a quantised one holds integers; the first call
+        # then finds out what is wanted.
+        self._mix(
+            torch.device("cpu") if like.is_meta else like.device,
+            like.dtype if like.is_floating_point() else torch.float32,
+        )
+
+    def set_scale(self, scale: float) -> None:
+        self.scale = scale
+        self._mix(self.cond.device, self.cond.dtype)
+
+    def _mix(self, device: torch.device, dtype: torch.dtype) -> None:
+        cond, uncond = (
+            None if v is None else (v.float() * self.scale).to(device, dtype) for v in self.values
+        )
+        assert cond is not None
+        self.cond, self.uncond = cond, uncond
+
+    def __call__(self, value: Tensor, state: _State) -> Tensor:
+        """V_c + λ·V_a (eq. 9) for `value` [B, T, inner_dim], T a multiple of C."""
+        tokens = self.adapter.tokens
+        if value.shape[1] % tokens:
+            raise VMixError(
+                f"{self.path}: the prompt's context has {value.shape[1]} tokens, "
+                f"the adapter needs a multiple of {tokens}"
+            )
+        if self.cond.device != value.device or self.cond.dtype != value.dtype:
+            self._mix(value.device, value.dtype)
+        if self.adapter.apply_to == "both":
+            return value + self._tiled(self.cond, value)
+        rows = state.uncond_rows(value.shape[0])
+        cond = value[rows:] + self._tiled(self.cond, value)
+        if not rows:
+            return cond
+        uncond = value[:rows]
+        if self.uncond is not None:
+            uncond = uncond + self._tiled(self.uncond, value)
+        return torch.cat([uncond, cond])
+
+    def _tiled(self, aes: Tensor, value: Tensor) -> Tensor:
+        if self.adapter.gate is not None:
+            aes = aes * self.adapter.gate.to(aes)
+        return aes.repeat(value.shape[1] // self.adapter.tokens, 1)
+
+
+class _Patch:
+    """Replaces the `forward` of one module; a bound method, so that deep copies own their patch."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        # accelerate's hooks keep the forward that they wrapped in `_old_forward` and put it back
+        # when they go, so that is the one to wrap.
+        self.slot = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+        self.original = getattr(module, self.slot)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+    def install(self) -> None:
+        setattr(self.module, self.slot, self.forward)
+
+    def remove(self) -> None:
+        # Hooks that came or went in the meantime have moved the patch to the other place.
+        for slot in ("forward", "_old_forward"):
+            if vars(self.module).get(slot) == self.forward:
+                plain = getattr(self.original, "__func__", None) is type(self.module).forward
+                if slot == "forward" and plain:
+                    delattr(self.module, slot)
+                else:
+                    setattr(self.module, slot, self.original)
+
+
+class _Layer(_Patch):
+    """The value projection W_V of one cross-attention, V_a added to what it returns."""
+
+    def __init__(self, path: str, attn: nn.Module, state: _State) -> None:
+        super().__init__(_linear(attn))
+        self.path = path
+        self.attn = attn
+        self.state = state
+        self.mixes: dict[str, _Mix] = {}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        value = self.original(*args, **kwargs)
+        if self.mixes and not self.state.paused:
+            _check_rescaling(self.path, self.attn)
+            for mix in self.mixes.values():
+                value = mix(value, self.state)
+        return value
+
+
+class _Steps(_Patch):
+    """The U-Net of adapters with a window of steps: the timestep passes here and nowhere else."""
+
+    def __init__(self, unet: nn.Module, state: _State) -> None:
+        super().__init__(unet)
+        self.state = state
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[1])
+        scheduler = getattr(self.state.pipe(), "scheduler", None)
+        for adapter in self.state.adapters.values():
+            if adapter.windowed:
+                if scheduler is None:
+                    raise VMixError("start and end need the pipeline's scheduler; it is gone")
+                # Tensors throughout: no synchronisation, and no break in a compiled graph.
+                steps = scheduler.timesteps.to(timestep.device)
+                step = (steps - timestep.flatten()[0]).abs().argmin()
+                inside = step / len(steps) >= adapter.start
+                adapter.gate = inside & ((step + 1) / len(steps) <= adapter.end)
+        return self.original(*args, **kwargs)
+
+
+class _State:
+    """All that is loaded on one U-Net."""
+
+    def __init__(self) -> None:
+        self.adapters: dict[str, _Adapter] = {}
+        self.layers: dict[str, _Layer] = {}
+        self.steps: _Steps | None = None
+        self.pipe: Any = lambda: None  # weak: a U-Net must not keep text encoders alive
+        self.perturbs = False  # whether the pipeline knows perturbed-attention guidance
+        self.embeds_guidance = False  # such a U-Net is told the guidance and runs one half only
+        self.paused = False
+
+    def bind(self, pipe: Any, unet: Any) -> None:
+        self.pipe = weakref.ref(pipe)
+        self.perturbs = hasattr(type(pipe), "do_perturbed_attention_guidance")
+        self.embeds_guidance = unet.config.time_cond_proj_dim is not None
+
+    def watch_steps(self, unet: nn.Module) -> None:
+        """Patches the U-Net if, and only if, an adapter has a window of steps."""
+        wanted = any(adapter.windowed for adapter in self.adapters.values())
+        if wanted and self.steps is None:
+            self.steps = _Steps(unet, self)
+            self.steps.install()
+        elif not wanted and self.steps is not None:
+            self.steps.remove()
+            self.steps = None
+
+    def uncond_rows(self, batch: int) -> int:
+        """How many rows of a batch, from its start, are unconditional."""
+        # Not `do_classifier_free_guidance`: it looks at `pipe.unet`, which a compiler that is
+        # tracing that very module refuses to follow.
+        pipe = self.pipe()
+        guidance = getattr(pipe, "_guidance_scale", None)
+        if guidance is None:
+            raise VMixError(
+                "the U-Net does not know which part of its batch is unconditional: run it through "
+                "the pipeline that was given to load_vmix, or load with apply_to='both'"
+            )
+        if self.embeds_guidance or guidance <= 1:
+            return 0
+        # Perturbed-attention guidance appends a third part, conditional too.
+        parts = 3 if self.perturbs and pipe.do_perturbed_attention_guidance else 2
+        if batch % parts:
+            raise VMixError(
+                f"guidance is on, so the U-Net's batch is expected to hold {parts} equal parts, "
+                f"unconditional first; found a batch of {batch}"
+            )
+        return batch // parts
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        twin = _State()
+        memo[id(self)] = twin
+        vars(twin).update({k: copy.deepcopy(v, memo) for k, v in vars(self).items()})
+        pipe = self.pipe()
+        twin.pipe = self.pipe if pipe is None else weakref.ref(memo.get(id(pipe), pipe))
+        return twin
+
+
+def _unet(pipe: Any) -> Any:
+    unet = getattr(pipe, "unet", None)
+    unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps the module
+    if not isinstance(unet, nn.Module):
+        raise VMixError(f"expected a pipeline with a U-Net, found {type(pipe).__name__}")
+    return unet
+
+
+def _loaded(unet: Any, adapter_name: str) -> _State:
+    state: _State = getattr(unet, "_vmix", None) or _State()
+    if adapter_name not in state.adapters:
+        loaded = ", ".join(map(repr, state.adapters)) or "none"
+        raise VMixError(f"no VMix adapter {adapter_name!r} is loaded; loaded are: {loaded}")
+    return state
+
+
+def _open(source: Any, selection: Selection) -> Adapter | Values:
+    if isinstance(source, (str, os.PathLike)):
+        source = vmix.open(source)
+    if not isinstance(source, (Adapter, Values)):
+        raise VMixError(f"expected a path, an Adapter or Values, found {type(source).__name__}")
+    if isinstance(source, Values) and selection is not None:
+        raise VMixError(
+            f"a preset holds one selection and cannot take another, found {selection!r}; "
+            "load the adapter that it was made from"
+        )
+    return source
+
+
+def _check_pipeline(pipe: Any, apply_to: str) -> None:
+    arguments = inspect.signature(type(pipe).__call__).parameters
+    unknown = [name for name in _OTHER_BATCHES if name in arguments]
+    if unknown and apply_to != "both":
+        raise VMixError(
+            f"{type(pipe).__name__} (with {unknown[0]}) batches its passes in a way that "
+            f"apply_to={apply_to!r} does not know; load with apply_to='both'"
+        )
+
+
+def _cross_attentions(unet: nn.Module) -> dict[str, Any]:
+    """The cross-attentions by diffusers path; motion modules have an `attn2` that is not one."""
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if name.endswith(".attn2") and getattr(module, "is_cross_attention", False)
+    }
+
+
+def _linear(attn: Any) -> Any:
+    """`to_v` without peft's wrappers, which come and go and leave this layer as it is."""
+    linear = attn.to_v
+    while hasattr(linear, "base_layer"):
+        linear = linear.base_layer
+    return linear
+
+
+def _check_layout(source: Adapter | Values, attns: Mapping[str, Any]) -> None:
+    """Says in one sentence that an adapter and a U-Net do not belong together."""
+    if any(getattr(attn, "fused_projections", False) for attn in attns.values()):
+        _refuse_fusing()
+    kind = "adapter" if isinstance(source, Adapter) else "preset"
+    context = getattr(source, "context_dim", _CONTEXT_DIMS.get(source.base))
+    ours = {layer.name: layer.inner_dim for layer in source.layers}
+    theirs = {path: _linear(attn).out_features for path, attn in attns.items()}
+    found = next((_linear(attn).in_features for attn in attns.values()), 0)
+    if ours == theirs and context in (None, found):
+        return
+    base = _BASES.get((found, len(theirs)), "of another layout")
+    known = "" if context is None else f"context {context}, "
+    path = next((p for p in sorted({*ours, *theirs}) if ours.get(p) != theirs.get(p)), None)
+    first = ""
+    if path is not None:
+        first = (
+            f"; {path}.to_v: expected inner_dim {ours.get(path, '(no such layer)')}, "
+            f"found {theirs.get(path, '(no such layer)')}"
+        )
+    raise VMixError(
+        f"this {kind} is for {source.base} ({known}{len(ours)} layers), the pipeline's U-Net is "
+        f"{base} (context {found}, {len(theirs)} layers){first}"
+    )
+
+
+def _check_rescaling(path: str, attn: Any) -> None:
+    """DoRA multiplies what the layer below it returns, so it would rescale V_a as well."""
+    wrapper = attn.to_v
+    variants = getattr(wrapper, "lora_variant", None)
+    if not variants or wrapper.merged or wrapper.disable_adapters:
+        return
+    for name in wrapper.active_adapters:
+        if name in variants:
+            raise VMixError(
+                f"{path}.to_v: the LoRA {name!r} is a {type(variants[name]).__name__}, which "
+                "rescales the layer's output and VMix with it; call pipe.fuse_lora() first"
+            )
+
+
+def _refuse_fusing(*_: Any, **__: Any) -> None:
+    """Stands in for `fuse_qkv_projections`: fused cross-attentions never call their `to_v`."""
+    raise VMixError(
+        "VMix adds to the output of attn2.to_v, which fused QKV projections skip: call "
+        "pipe.unfuse_qkv_projections(), or unload_vmix(pipe) if speed matters more"
+    )
+
+
+def _values(
+    source: Adapter | Values,
+    selection: Selection,
+    apply_to: str,
+    attns: Mapping[str, Any],
+    state: _State,
+) -> dict[str, _Pair]:
+    """V_a of every layer (eq. 7), [C, inner_dim] for the two passes; uncond only for contrast."""
+    if isinstance(source, Adapter):
+        if source.value_weights == "base":
+            return _base_values(source, selection, apply_to, attns, state)
+        source = source.values(selection, apply_to=apply_to)  # type: ignore[arg-type]
+    values: dict[str, _Pair] = {}
+    for path in attns:
+        uncond = source.uncond(path) if apply_to == "contrast" else None
+        if apply_to == "contrast" and uncond is None:
+            raise VMixError(
+                f"apply_to='contrast' needs values for the unconditional pass, and this preset "
+                f"was saved for {source.apply_to!r}"
+            )
+        values[path] = (
+            from_dlpack(source[path]),
+            None if uncond is None else from_dlpack(uncond),
+        )
+    return values
+
+
+def _base_values(
+    adapter: Adapter, selection: Selection, apply_to: str, attns: Mapping[str, Any], state: _State
+) -> dict[str, _Pair]:
+    """V_a = f_a·W_Vᵀ with the base's own W_V, LoRAs included."""
+    f_a = from_dlpack(adapter.project(selection))  # eq. 6, [C, d]
+    if apply_to == "contrast":
+        if adapter.projection == "difference":
+            negative = -f_a
+        else:
+            none = dict.fromkeys((label.name for label in adapter.labels), 0.0)
+            negative = from_dlpack(adapter.project(none))
+        f_a = torch.cat([f_a, negative])
+    values: dict[str, _Pair] = {}
+    state.paused = True  # of other adapters' V_a
+    try:
+        with torch.no_grad():
+            for path, attn in attns.items():
+                weight = _linear(attn).weight
+                v_a = attn.to_v(f_a.to(weight.device, weight.dtype)).to("cpu", torch.float32)
+                cond, *uncond = v_a.split(adapter.context_tokens)
+                values[path] = (cond, uncond[0] if uncond else None)
+    finally:
+        state.paused = False
+    return values
+
+
+def _scales(scale: Scale, paths: Mapping[str, Any]) -> dict[str, float]:
+    """λ of every layer from a number or from a dictionary per block (`set_vmix_scale`)."""
+    if not isinstance(scale, Mapping):
+        return dict.fromkeys(paths, _number("scale", scale))
+    # down_blocks.1.attentions.0.… is ("down", "block_1", 0), mid_block.… is ("mid", "", 0)
+    places: dict[str, tuple[str, str, int]] = {}
+    sizes: dict[str, dict[str, int]] = {}
+    for path in paths:
+        root, *level, _, number = path.split(".transformer_blocks")[0].split(".")
+        place = (root.split("_")[0], f"block_{level[0]}" if level else "", int(number))
+        places[path] = place
+        blocks = sizes.setdefault(place[0], {})
+        blocks[place[1]] = max(blocks.get(place[1], 0), place[2] + 1)
+    _check_keys("scale", scale, sizes)
+    for section, blocks in sizes.items():
+        if section != "mid" and isinstance(scale.get(section), Mapping):
+            _check_keys(f"scale of {section}", scale[section], blocks)
+    scales: dict[str, float] = {}
+    for path, (section, block, index) in places.items():
+        name, value = section, scale.get(section, 1.0)
+        if section != "mid" and isinstance(value, Mapping):
+            name, value = f"{section}.{block}", value.get(block, 1.0)
+        if isinstance(value, (list, tuple)):
+            size = sizes[section][block]
+            if len(value) not in (1, size):
+                raise VMixError(f"scale of {name}: expected 1 or {size} numbers, found {value!r}")
+            value = value[index % len(value)]
+        scales[path] = _number(f"scale of {name}", value)
+    return scales
+
+
+def _check_keys(name: str, given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    for key in given:
+        if key not in known:
+            raise VMixError(f"{name}: expected the keys {', '.join(known)}, found {key!r}")
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise VMixError(f"{name}: expected a finite number, found {value!r}")
+    return float(value)

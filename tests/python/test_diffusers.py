@@ -1,0 +1,589 @@
+"""`vmix.diffusers` against the paper's attention written out (oracle.py).
+
+Tolerances are on the latents after a few steps, relative to their largest value. In fp32 the two
+sides differ by the order of additions only: about 1e-6 is measured, 1e-5 allowed. Rounding to
+half precision is a thousand times coarser and the oracle rounds in other places (it adds two
+attentions, not two values): 5e-3 for fp16, 4e-2 for bf16. The effect itself is above 1e-2.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_pipelines as tiny
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
+from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor2_0
+from oracle import two_branches
+from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from vmix import Adapter, VMixError
+from vmix.diffusers import load_vmix, set_vmix_scale, unload_vmix
+
+ALL = [1.0, 1.0, 1.0]
+XL_CONFIG = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "block_out_channels": (320, 640, 1280),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """These models are so small that threads mostly wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    got, want = got.double(), want.double()
+    assert got.shape == want.shape
+    assert want.isfinite().all()
+    return ((got - want).abs().max() / want.abs().max()).item()
+
+
+def attributes(unet: Any) -> dict[str, set[str]]:
+    return {name: set(vars(module)) for name, module in unet.named_modules()}
+
+
+def make(unet: Any, **options: Any) -> tuple[dict[str, Tensor], Adapter]:
+    tensors, metadata = tiny.adapter(unet, **options)
+    return tensors, Adapter.from_tensors(tensors, metadata)
+
+
+def by_block(scales: dict[str, float], default: float = 1.0) -> Callable[[str, int], float]:
+    """λ by the start of a layer's path."""
+    return lambda path, _: next((v for k, v in scales.items() if path.startswith(k)), default)
+
+
+def in_calls(*calls: int) -> Callable[[str, int], float]:
+    return lambda _, call: float(call in calls)
+
+
+# name: pipeline, what the call takes, what load_vmix takes, what the oracle is told, tolerance
+SITUATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], float]] = {
+    "cond": ("sd", {}, {}, {}, 1e-5),
+    "both": ("sd", {}, {"apply_to": "both"}, {"apply_to": "both"}, 1e-5),
+    "contrast": ("sd", {}, {"apply_to": "contrast"}, {"apply_to": "contrast"}, 1e-5),
+    "scale": ("sd", {}, {"scale": 0.6}, {"strength": 0.6}, 1e-5),
+    "negative scale": ("sd", {}, {"scale": -1}, {"strength": -1.0}, 1e-5),
+    "selection": ("sd", {}, {"selection": {"light": 0.5, "focus": 1.5}}, {}, 1e-5),
+    "unguided": ("sd", {"guidance_scale": 1.0}, {}, {"parts": 1}, 1e-5),
+    "unguided contrast": (
+        "sd",
+        {"guidance_scale": 1.0, "batch": 2},
+        {"apply_to": "contrast"},
+        {"parts": 1},
+        1e-5,
+    ),
+    "batch": ("sd", {"batch": 2}, {}, {}, 1e-5),
+    "batch contrast": (
+        "sd",
+        {"batch": 2, "num_images_per_prompt": 2},
+        {"apply_to": "contrast"},
+        {"apply_to": "contrast"},
+        1e-5,
+    ),
+    "images per prompt": ("sd", {"num_images_per_prompt": 3}, {}, {}, 1e-5),
+    "154 tokens": ("sd", {"tokens": 154}, {}, {}, 1e-5),
+    "steps": (
+        "sd",
+        {"num_inference_steps": 5},
+        {"start": 0.2, "end": 0.8},
+        {"strength": in_calls(1, 2, 3)},
+        1e-5,
+    ),
+    "steps of a part": (  # strength 0.8 runs the last four of five steps
+        "img2img",
+        {"num_inference_steps": 5},
+        {"start": 0.4},
+        {"strength": in_calls(1, 2, 3)},
+        1e-5,
+    ),
+    "blocks": (
+        "sd",
+        {},
+        {"scale": {"down": 0.5, "mid": 0.0, "up": {"block_0": 1.5, "block_2": [0.2, 2.0]}}},
+        {
+            "strength": by_block(
+                {
+                    "down_blocks": 0.5,
+                    "mid_block": 0.0,
+                    "up_blocks.0": 1.5,
+                    "up_blocks.2.attentions.0": 0.2,
+                    "up_blocks.2.attentions.1": 2.0,
+                }
+            )
+        },
+        1e-5,
+    ),
+    "one block": (
+        "sd",
+        {},
+        {"scale": {"down": {"block_2": [0.0]}}},
+        {"strength": by_block({"down_blocks.2": 0.0})},
+        1e-5,
+    ),
+    "pag": ("pag", {"pag_scale": 3.0}, {}, {"parts": 3}, 1e-5),
+    "pag contrast": (
+        "pag",
+        {"pag_scale": 3.0, "batch": 2},
+        {"apply_to": "contrast"},
+        {"parts": 3, "apply_to": "contrast"},
+        1e-5,
+    ),
+    "pag unguided": ("pag", {"pag_scale": 3.0, "guidance_scale": 0.0}, {}, {"parts": 1}, 1e-5),
+    "pag off": ("pag", {"pag_scale": 0.0}, {}, {}, 1e-5),
+    "controlnet": ("controlnet", {}, {}, {}, 1e-5),
+    "img2img": ("img2img", {}, {}, {}, 1e-5),
+    "xl": ("xl", {"batch": 2}, {"apply_to": "contrast"}, {"apply_to": "contrast"}, 1e-5),
+    "fp16": ("sd", {}, {"dtype": torch.float16}, {}, 5e-3),
+    "bf16": ("sd", {}, {"dtype": torch.bfloat16}, {}, 4e-2),
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+def test_matches_the_paper(situation: str) -> None:
+    """Equal to two branches; scale 0 and unloading leave nothing, to the last bit."""
+    kind, call, options, told, tolerance = SITUATIONS[situation]
+    options, pipe = dict(options), tiny.pipeline(kind)
+    pipe.to(options.pop("dtype", torch.float32))
+    tensors, adapter = make(pipe.unet)
+    weights = (
+        [options["selection"].get(name, 0.0) for name in tiny.LABELS]
+        if ("selection" in options)
+        else ALL
+    )
+    before = attributes(pipe.unet)
+    bare = tiny.run(pipe, **call)
+    with two_branches(pipe.unet, tensors, weights, **told):
+        want = tiny.run(pipe, **call)
+    load_vmix(pipe, adapter, **options)
+    got = tiny.run(pipe, **call)
+    assert difference(got, want) < tolerance
+    assert difference(bare, want) > 1e-2
+    set_vmix_scale(pipe, 0)
+    assert torch.equal(tiny.run(pipe, **call), bare)
+    set_vmix_scale(pipe, options.get("scale", 1.0))
+    assert torch.equal(tiny.run(pipe, **call), got)
+    unload_vmix(pipe)
+    assert torch.equal(tiny.run(pipe, **call), bare)
+    assert attributes(pipe.unet) == before
+
+
+@pytest.mark.parametrize("apply_to", ["cond", "contrast"])
+def test_files(apply_to: str, tmp_path: Any) -> None:
+    """An adapter file, a preset and a preset file; the policy is the file's own."""
+    pipe = tiny.pipeline()
+    tensors, adapter = make(pipe.unet, apply_to=apply_to)
+    with two_branches(pipe.unet, tensors, [0.0, 1.0, 0.0], apply_to=apply_to):
+        want = tiny.run(pipe)
+    values = adapter.values("color")
+    adapter.save(tmp_path / "adapter.safetensors")
+    values.save(tmp_path / "preset.safetensors")
+    for source, selection in [
+        (str(tmp_path / "adapter.safetensors"), "color"),
+        (values, None),
+        (tmp_path / "preset.safetensors", None),
+    ]:
+        load_vmix(pipe, source, selection)  # replaces the one before
+        assert difference(tiny.run(pipe), want) < 1e-5, source
+
+
+@pytest.mark.parametrize("first", ["vmix", "other"])
+@pytest.mark.parametrize("other", ["lora", "ip-adapter", "accelerate", "slices"])
+@pytest.mark.parametrize("gone_first", ["vmix", "other"])
+def test_composes(other: str, first: str, gone_first: str) -> None:
+    """With what else changes the attentions: loaded in either order, unloaded in either order."""
+    call: dict[str, Any] = {}
+
+    def others(pipe: Any) -> None:
+        if "lora" in other:
+            pipe.load_lora_weights(tiny.lora(pipe.unet), adapter_name="style")
+        if "ip-adapter" in other:
+            call.update(tiny.load_ip_adapter(pipe))
+        if other == "slices":
+            pipe.unet.set_attention_slice(1)
+        if other == "accelerate":  # what model and sequential offloading put on modules
+            for module in [pipe.unet, *pipe.unet.modules()]:
+                if module is pipe.unet or not list(module.children()):
+                    add_hook_to_module(module, AlignDevicesHook(execution_device="cpu"))
+
+    def others_gone(pipe: Any) -> None:
+        if "lora" in other:
+            pipe.unload_lora_weights()
+        if "ip-adapter" in other:
+            pipe.unload_ip_adapter()
+            call.clear()
+        if other == "slices":
+            pipe.unet.set_attn_processor(AttnProcessor2_0())
+        if other == "accelerate":
+            remove_hook_from_module(pipe.unet, recurse=True)
+
+    reference, pipe = tiny.pipeline(), tiny.pipeline()
+    tensors, adapter = make(pipe.unet)
+    strength = {"strength": in_calls(1, 2)}  # the window patches the U-Net's own forward as well
+    with two_branches(reference.unet, tensors, ALL, **strength):
+        without_other = tiny.run(reference)
+    others(reference)
+    without_vmix = tiny.run(reference, **call)
+    with two_branches(reference.unet, tensors, ALL, **strength):
+        want = tiny.run(reference, **call)
+
+    steps: list[Callable[[], Any]] = [
+        lambda: load_vmix(pipe, adapter, start=0.3),
+        lambda: others(pipe),
+    ]
+    for step in steps if first == "vmix" else reversed(steps):
+        step()
+    assert difference(tiny.run(pipe, **call), want) < 1e-5
+    if gone_first == "vmix":
+        unload_vmix(pipe)
+        assert difference(tiny.run(pipe, **call), without_vmix) < 1e-6
+        others_gone(pipe)
+    else:
+        others_gone(pipe)
+        assert difference(tiny.run(pipe, **call), without_other) < 1e-5
+        unload_vmix(pipe)
+    fresh = tiny.pipeline()
+    assert torch.equal(tiny.run(pipe), tiny.run(fresh))
+    for module in pipe.unet.modules():
+        assert "vmix" not in str(vars(module).values()).lower()
+
+
+def test_dora() -> None:
+    """Refused while it rescales the layer's output, whenever it was loaded; fine once fused."""
+    reference, pipe = tiny.pipeline(), tiny.pipeline()
+    tensors, adapter = make(pipe.unet)
+    weights = tiny.lora(pipe.unet, use_dora=True)
+    pipe.load_lora_weights(weights)
+    before = attributes(pipe.unet)
+    with pytest.raises(VMixError, match=r"attn2\.to_v: .*DoraLinearVariant.*fuse_lora"):
+        load_vmix(pipe, adapter)
+    assert attributes(pipe.unet) == before
+    pipe.unload_lora_weights()
+    load_vmix(pipe, adapter)
+    pipe.load_lora_weights(weights)
+    with pytest.raises(VMixError, match="DoraLinearVariant"):
+        tiny.run(pipe)
+    for p in (reference, pipe):
+        if p is reference:
+            p.load_lora_weights(weights)
+        p.fuse_lora()
+    with two_branches(reference.unet, tensors, ALL):
+        want = tiny.run(reference)
+    assert difference(tiny.run(pipe), want) < 1e-5
+
+
+def test_stacks() -> None:
+    """Names add up. Both share f_a here, so the sum is one adapter with the sum of W_Va."""
+    pipe = tiny.pipeline()
+    tensors, adapter = make(pipe.unet)
+    other, metadata = tiny.adapter(pipe.unet)
+    for name in other:
+        if "to_v_aes" in name:
+            other[name] = other[name].flip(0).contiguous()
+    total = {k: 0.5 * v - 0.3 * other[k] if "to_v_aes" in k else v for k, v in tensors.items()}
+    with two_branches(pipe.unet, total, ALL):
+        want = tiny.run(pipe)
+    with two_branches(pipe.unet, other, ALL, strength=-0.3):
+        second = tiny.run(pipe)
+    bare = tiny.run(pipe)
+    load_vmix(pipe, adapter)
+    load_vmix(pipe, Adapter.from_tensors(other, metadata), adapter_name="b", scale=-0.3)
+    set_vmix_scale(pipe, 0.5)
+    assert difference(tiny.run(pipe), want) < 1e-5
+    unload_vmix(pipe)
+    assert difference(tiny.run(pipe), second) < 1e-5
+    with pytest.raises(VMixError, match=r"no VMix adapter 'default'.*loaded are: 'b'"):
+        unload_vmix(pipe)
+    unload_vmix(pipe, "b")
+    assert torch.equal(tiny.run(pipe), bare)
+    with pytest.raises(VMixError, match="loaded are: none"):
+        set_vmix_scale(pipe, 1.0)
+
+
+@pytest.mark.parametrize("projection", ["learned", "difference"])
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_value_weights_of_the_base(projection: str, with_lora: bool) -> None:
+    """V_a = f_a·W_Vᵀ with the layer as it is, LoRA included, whatever else is loaded."""
+    pipe = tiny.pipeline()
+    tensors, metadata = tiny.adapter(pipe.unet)
+    other = Adapter.from_tensors(tensors, metadata)
+    tensors = {k: v for k, v in tensors.items() if "to_v_aes" not in k}
+    if projection == "difference":
+        tensors = {"aes_emb": tensors["aes_emb"], "projection.gain": torch.tensor([0.5, 1.0, 2.0])}
+    to_vs = {path: pipe.unet.get_submodule(path).to_v for path in other.values()}
+    metadata |= {
+        "vmix.projection": projection,
+        "vmix.value_weights": "base",
+        "vmix.inner_dims": json.dumps({path: to_v.out_features for path, to_v in to_vs.items()}),
+    }
+    adapter = Adapter.from_tensors(tensors, metadata)
+    if with_lora:
+        pipe.load_lora_weights(tiny.lora(pipe.unet))
+    for path in to_vs:
+        to_v = pipe.unet.get_submodule(path).to_v
+        identity = torch.eye(tiny.CONTEXT)
+        tensors[f"{path}.to_v_aes.weight"] = to_v(identity).T
+    with two_branches(pipe.unet, tensors, ALL, apply_to="contrast"):
+        want = tiny.run(pipe)
+    load_vmix(pipe, other, adapter_name="other", scale=0.0)
+    load_vmix(pipe, adapter, apply_to="contrast")
+    assert difference(tiny.run(pipe), want) < 1e-5
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("first", ["vmix", "compile"])
+def test_compiled(first: str, in_place: bool) -> None:
+    """One graph without breaks; what is changed after compilation takes effect."""
+    torch._dynamo.reset()
+    small = {
+        "block_out_channels": (32,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+    }
+    pipe, backend = tiny.pipeline(), CompileCounter()
+    pipe.unet = unet = tiny.unet(**small)
+    tensors, adapter = make(unet)
+    want = {"bare": tiny.run(pipe)}
+    for name, call, told in [
+        ("full", {}, {}),
+        ("half", {}, {"strength": 0.5}),
+        ("unguided", {"guidance_scale": 1.0}, {"parts": 1}),
+        ("unguided half", {"guidance_scale": 1.0}, {"parts": 1, "strength": 0.5}),
+        ("window", {}, {"strength": in_calls(1, 2)}),
+    ]:
+        with two_branches(unet, tensors, ALL, **told):
+            want[name] = tiny.run(pipe, **call)
+
+    def compiled() -> None:
+        if in_place:
+            unet.compile(backend=backend, fullgraph=True)
+        else:
+            pipe.unet = torch.compile(unet, backend=backend, fullgraph=True)
+
+    def same(name: str) -> bool:
+        call = {"guidance_scale": 1.0} if "unguided" in name else {}
+        return difference(tiny.run(pipe, **call), want[name]) < 1e-5
+
+    if first == "compile":
+        compiled()
+        assert same("bare")
+    load_vmix(pipe, adapter)
+    if first == "vmix":
+        compiled()
+    assert same("full")
+    assert same("unguided")
+    compilations = backend.frame_count
+    set_vmix_scale(pipe, 0.5)
+    assert same("half")
+    assert same("unguided half")
+    set_vmix_scale(pipe, 0.0)
+    assert same("bare")
+    assert backend.frame_count == compilations > 0, "a new scale compiled anew"
+    unload_vmix(pipe)
+    assert same("bare")
+    load_vmix(pipe, adapter, start=0.3)
+    assert same("window")
+
+
+def test_deep_copies_are_independent() -> None:
+    pipe = tiny.pipeline()
+    bare = tiny.run(pipe)
+    _, adapter = make(pipe.unet)
+    load_vmix(pipe, adapter, start=0.3)
+    got = tiny.run(pipe)
+    twin = copy.deepcopy(pipe)
+    for module in pipe.unet.modules():
+        if hasattr(module, "to_v"):
+            module.to_v.weight.data.zero_()
+    pipe._guidance_scale = 1.0
+    assert torch.equal(tiny.run(twin), got)
+    unload_vmix(pipe)
+    assert torch.equal(tiny.run(twin), got)
+    unload_vmix(twin)
+    assert torch.equal(tiny.run(twin), bare)
+
+
+def test_other_pipelines_on_the_same_unet() -> None:
+    """Which half is conditional is asked of the pipeline that was last given."""
+    pipe = tiny.pipeline()
+    tensors, adapter = make(pipe.unet)
+    load_vmix(pipe, adapter)
+    tiny.run(pipe)
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    reference = tiny.pipeline("img2img")
+    with two_branches(reference.unet, tensors, ALL, parts=1):
+        want = tiny.run(reference, batch=2, guidance_scale=1.0)
+    set_vmix_scale(other, 1.0)
+    assert difference(tiny.run(other, batch=2, guidance_scale=1.0), want) < 1e-5
+
+
+def test_dtype_and_scheduler_may_change_later() -> None:
+    pipe = tiny.pipeline()
+    tensors, adapter = make(pipe.unet)
+    load_vmix(pipe, adapter, start=0.2)
+    tiny.run(pipe)
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.to(torch.bfloat16).to(torch.float32)
+    got = tiny.run(pipe)
+    unload_vmix(pipe)
+    # Two calls a step but for the last: the timesteps are 0, 1, 1, 2, 2.
+    with two_branches(pipe.unet, tensors, ALL, strength=in_calls(1, 2, 3, 4)):
+        assert difference(got, tiny.run(pipe)) < 1e-5
+
+
+def pix2pix(pipe: Any) -> Any:
+    class Pix2Pix(type(pipe)):  # type: ignore[misc]
+        def __call__(self, image_guidance_scale: float = 1.5) -> None: ...
+
+    pipe.__class__ = Pix2Pix
+    return pipe
+
+
+# name: what is given to load_vmix, what the message says
+REFUSALS: dict[str, tuple[Callable[[Any, Adapter], Any], str]] = {
+    "selection for a preset": (
+        lambda pipe, a: load_vmix(pipe, a.values(), "light"),
+        "a preset holds one selection.*'light'",
+    ),
+    "contrast of a cond preset": (
+        lambda pipe, a: load_vmix(pipe, a.values(), apply_to="contrast"),
+        "unconditional pass.*'cond'",
+    ),
+    "unknown policy": (
+        lambda pipe, a: load_vmix(pipe, a, apply_to="uncond"),  # type: ignore[arg-type]
+        "expected cond, both or contrast, found 'uncond'",
+    ),
+    "unknown label": (lambda pipe, a: load_vmix(pipe, a, "lihgt"), "lihgt"),
+    "no file": (lambda pipe, a: load_vmix(pipe, 3), "expected a path.*int"),  # type: ignore[arg-type]
+    "no U-Net": (
+        lambda pipe, a: load_vmix(SimpleNamespace(), a),
+        "expected a pipeline with a U-Net, found SimpleNamespace",
+    ),
+    "empty window": (lambda pipe, a: load_vmix(pipe, a, start=0.5, end=0.5), "found 0.5 and 0.5"),
+    "scale": (lambda pipe, a: load_vmix(pipe, a, scale=float("nan")), "finite number, found nan"),
+    "section": (
+        lambda pipe, a: load_vmix(pipe, a, scale={"middle": 1}),
+        "expected the keys down, up, mid, found 'middle'",
+    ),
+    "block": (
+        lambda pipe, a: load_vmix(pipe, a, scale={"down": {"block_1": 1}}),
+        "scale of down: expected the keys block_0, block_2, found 'block_1'",
+    ),
+    "attentions": (
+        lambda pipe, a: load_vmix(pipe, a, scale={"up": [1, 2, 3]}),
+        r"scale of up: expected 1 or 2 numbers, found \[1, 2, 3\]",
+    ),
+    "other batches": (
+        lambda pipe, a: load_vmix(pix2pix(pipe), a),
+        r"Pix2Pix \(with image_guidance_scale\).*apply_to='both'",
+    ),
+    "fused": (
+        lambda pipe, a: (pipe.unet.fuse_qkv_projections(), load_vmix(pipe, a)),
+        "unfuse_qkv_projections",
+    ),
+}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_refusals(refusal: str) -> None:
+    """Before anything is changed, with the thing, the expected and the found."""
+    pipe = tiny.pipeline()
+    _, adapter = make(pipe.unet)
+    load, message = REFUSALS[refusal]
+    with pytest.raises(VMixError, match=message):
+        load(pipe, adapter)
+    assert not hasattr(pipe.unet, "_vmix")
+    assert all("forward" not in vars(module) for module in pipe.unet.modules())
+
+
+def test_refuses_what_it_cannot_place() -> None:
+    """Contexts, batches and fused projections that come after loading."""
+    pipe = tiny.pipeline()
+    _, adapter = make(pipe.unet)
+    load_vmix(pipe, adapter)
+    with pytest.raises(VMixError, match=r"prompt's context has 100 tokens.*multiple of 77"):
+        tiny.run(pipe, tokens=100)
+    tiny.run(pipe)
+    one = (torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 77, tiny.CONTEXT))
+    with pytest.raises(VMixError, match="2 equal parts, unconditional first; found a batch of 1"):
+        pipe.unet(*one)
+    with pytest.raises(VMixError, match=r"fused QKV.*unload_vmix"):
+        pipe.fuse_qkv_projections()
+    assert not any(getattr(m, "fused_projections", False) for m in pipe.unet.modules())
+    fresh = tiny.pipeline()
+    load_vmix(fresh, adapter)
+    with pytest.raises(VMixError, match=r"does not know which part.*apply_to='both'"):
+        fresh.unet(*one)
+    load_vmix(fresh, adapter, apply_to="both")
+    fresh.unet(*one)
+
+
+def test_refuses_another_base() -> None:
+    with torch.device("meta"):
+        sd15 = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
+        sdxl = UNet2DConditionModel(**XL_CONFIG)
+    _, for_sd15 = make(sd15, base="sd15")
+    _, for_tiny = make(tiny.unet())
+    pipe = tiny.pipeline()
+    for unet, source, message in [
+        (
+            sdxl,
+            for_sd15,
+            r"^this adapter is for sd15 \(context 768, 16 layers\), the pipeline's U-Net is sdxl "
+            r"\(context 2048, 70 layers\)",
+        ),
+        (
+            sd15,
+            for_tiny,
+            r"^this adapter is for other \(context 32, 7 layers\), the pipeline's U-Net is sd15 "
+            r"\(context 768, 16 layers\)",
+        ),
+        (
+            tiny.unet(),
+            for_sd15.values(),
+            r"^this preset is for sd15 \(context 768, 16 layers\), the pipeline's U-Net is of "
+            r"another layout \(context 32, 7 layers\)",
+        ),
+        (
+            tiny.unet(block_out_channels=(32, 64, 96)),
+            for_tiny,
+            r"down_blocks.2.attentions.0.*expected inner_dim 64, found 96",
+        ),
+    ]:
+        pipe.unet = unet
+        with pytest.raises(VMixError, match=message):
+            load_vmix(pipe, source)
+        assert not hasattr(unet, "_vmix")
+
+
+@pytest.mark.slow
+def test_full_size_sd15() -> None:
+    """The real thing's sixteen layers, random weights, 16×16 latents."""
+    torch.set_num_threads(2)
+    pipe = tiny.pipeline()
+    pipe.unet = tiny.sd15_unet()
+    tensors, adapter = make(pipe.unet, base="sd15")
+    call = {"height": 32, "width": 32, "num_inference_steps": 1, "timesteps": None}
+    bare = tiny.run(pipe, **call)
+    with two_branches(pipe.unet, tensors, ALL, apply_to="contrast"):
+        want = tiny.run(pipe, **call)
+    load_vmix(pipe, adapter, apply_to="contrast")
+    assert difference(tiny.run(pipe, **call), want) < 1e-5
+    assert difference(bare, want) > 1e-3
+    unload_vmix(pipe)
+    assert torch.equal(tiny.run(pipe, **call), bare)
