@@ -1,0 +1,1 @@
+"""Training of adapters: `python -m vmix.train`, described in docs/training.md."""

@@ -1,0 +1,108 @@
+"""What is trained: the value branch of the paper and, beside it, a LoRA."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+LORA_LAYERS = (
+    # linear
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
+    "time_emb_proj",
+    # convolution
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+)
+"""Linear and convolution layers of the U-Net that a LoRA is added to (paper, section 3.4)."""
+
+
+def cross_attention(unet: nn.Module) -> dict[str, Any]:
+    """The `attn2` modules of a U-Net by their diffusers path."""
+    return {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}
+
+
+class ValueBranch(nn.Module):
+    """Projection of AesEmb (eq. 6) and the value matrix of every layer (eq. 7)."""
+
+    def __init__(self, unet: nn.Module, labels: int, tokens: int, dim: int) -> None:
+        super().__init__()
+        attention = cross_attention(unet)
+        self.names = list(attention)
+        self.linear = nn.Linear(labels, tokens, bias=False)  # over the token axis, N to C
+        self.norm = nn.LayerNorm(dim)
+        self.zero = nn.Linear(dim, dim)
+        nn.init.zeros_(self.zero.weight)
+        nn.init.zeros_(self.zero.bias)
+        self.to_v_aes = nn.ModuleList()
+        for module in attention.values():
+            weight = module.to_v.weight.detach()
+            to_v = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            to_v.weight = nn.Parameter(weight.float().clone())  # starts as the layer's own W_V
+            self.to_v_aes.append(to_v)
+
+    def forward(self, labels: Tensor) -> list[Tensor]:
+        """V_a [B, C, inner_dim] of every layer for label features f_t [B, N, d]."""
+        spread = self.linear(labels.transpose(1, 2)).transpose(1, 2)
+        f_a = self.zero(self.norm(spread))
+        return [to_v(f_a) for to_v in self.to_v_aes]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained tensors under the names of docs/format.md."""
+        named = {
+            "projection.linear.weight": self.linear.weight,
+            "projection.norm.weight": self.norm.weight,
+            "projection.norm.bias": self.norm.bias,
+            "projection.zero.weight": self.zero.weight,
+            "projection.zero.bias": self.zero.bias,
+        }
+        for name, to_v in zip(self.names, self.to_v_aes, strict=True):
+            named[f"{name}.to_v_aes.weight"] = to_v.get_parameter("weight")
+        return {name: tensor.detach().float().cpu() for name, tensor in named.items()}
+
+
+class Denoiser(nn.Module):
+    """The U-Net with values mixed in: one module and one forward for accelerate to wrap."""
+
+    def __init__(self, unet: Any, branch: ValueBranch | None) -> None:
+        super().__init__()
+        self.unet, self.branch = unet, branch
+        self._values: list[Tensor] = []
+        for index, name in enumerate(branch.names if branch else []):
+            hook = partial(self._mix, index)
+            unet.get_submodule(f"{name}.to_v").register_forward_hook(hook)
+
+    def _mix(self, index: int, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+        return output + self._values[index].to(
+            output.dtype
+        )  # V_c + V_a: the strength is 1 in training
+
+    def forward(
+        self,
+        sample: Tensor,
+        timesteps: Tensor,
+        context: Tensor,
+        labels: Tensor,
+        mixed: Tensor,
+        conditions: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The prediction; `mixed` [B] is 1 where values are mixed, 0 where the base stays alone."""
+        if self.branch is not None:
+            self._values = [value * mixed[:, None, None] for value in self.branch(labels)]
+        return self.unet(sample, timesteps, context, added_cond_kwargs=conditions).sample  # type: ignore[no-any-return]
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+
+
+def add_lora(unet: Any, rank: int) -> None:
+    from peft import LoraConfig
+
+    unet.add_adapter(
+        LoraConfig(
+            r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(LORA_LAYERS)
+        )
+    )
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()

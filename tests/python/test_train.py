@@ -1,0 +1,446 @@
+"""The trainer, run for a few steps on a tiny random pipeline."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+from vmix import unet_layers
+from vmix.train.base import Base
+from vmix.train.data import Batches, LabelSpec, Pixels, TrainingError, read_examples, read_labels
+from vmix.train.export import base_kind
+from vmix.train.loop import main, parse_args, train
+from vmix.train.model import Denoiser, ValueBranch, cross_attention
+
+LABELS = """
+[[label]]
+name = "vibrant color"
+dimension = "color"
+positive = "vibrant color"
+negative = "zq"
+
+[[label]]
+name = "sharp focus"
+dimension = "focus"
+positive = "sharp focus"
+negative = "xv"
+default = 0.5
+display_names = { zh = "清晰" }
+"""
+TOKENS, SIDE, COUNT = 16, 16, 6
+UNET = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+}
+ATTENTION = {
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "attention_head_dim": 4,
+}
+
+
+def _text(width: int, projection: bool = False) -> tuple[Any, Any]:
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModel,
+        CLIPTextModelWithProjection,
+        CLIPTokenizer,
+    )
+
+    letters = list(string.ascii_lowercase + string.digits + string.punctuation)
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=TOKENS,
+        projection_dim=width,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=vocabulary["<|endoftext|>"],
+        pad_token_id=vocabulary["<|endoftext|>"],
+    )
+    model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
+    return model, CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
+
+
+def _pipeline(folder: Path, prediction_type: str, xl: bool = False) -> Path:
+    import diffusers
+
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKL(
+        block_out_channels=(16, 16), norm_num_groups=8, latent_channels=4, sample_size=SIDE,
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+    )  # fmt: skip
+    encoder, tokenizer = _text(32)
+    scheduler = diffusers.DDIMScheduler(
+        prediction_type=prediction_type,
+        rescale_betas_zero_snr=prediction_type == "v_prediction",
+        timestep_spacing="trailing",
+    )
+    parts = {"vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "scheduler": scheduler}
+    pipe: Any
+    if xl:
+        second, tokenizer_2 = _text(32, projection=True)
+        unet = diffusers.UNet2DConditionModel(
+            **UNET, **ATTENTION, cross_attention_dim=64, addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 32,
+        )  # fmt: skip
+        pipe = diffusers.StableDiffusionXLPipeline(
+            **parts, unet=unet, text_encoder_2=second, tokenizer_2=tokenizer_2
+        )
+    else:
+        unet = diffusers.UNet2DConditionModel(**UNET, **ATTENTION, cross_attention_dim=32)
+        pipe = diffusers.StableDiffusionPipeline(
+            **parts, unet=unet, safety_checker=None, feature_extractor=None, image_encoder=None,
+            requires_safety_checker=False,
+        )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _pipeline(tmp_path_factory.mktemp("base"), "v_prediction")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "labels.toml").write_text(LABELS, encoding="utf-8")
+    random = np.random.default_rng(0)
+    lines = []
+    for number in range(COUNT):
+        name = f"{number}.png"
+        pixels = random.integers(0, 256, (SIDE, SIDE + 4, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+        labels = {"vibrant color": number % 2}
+        if number % 3 == 0:
+            labels["sharp focus"] = 1
+        lines.append({"file_name": name, "text": f"a dog {number % 4}", "aesthetics": labels})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def run(pipeline: Path, data: Path, out: Path, *more: str) -> Path:
+    main(
+        [
+            f"--pretrained_model_name_or_path={pipeline}", f"--train_data_dir={data}",
+            f"--labels={data / 'labels.toml'}", f"--output_dir={out}", "--train_batch_size=4",
+            "--max_train_steps=4", "--learning_rate=1e-2", "--dtype=f32", *more,
+        ]
+    )  # fmt: skip
+    return out
+
+
+def metadata(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as file:
+        return dict(file.metadata())
+
+
+# --- what step 0 is, and what steps do -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("xl", [False, True])
+def test_step_zero_is_the_base(tmp_path: Path, xl: bool) -> None:
+    base = Base(str(_pipeline(tmp_path, "epsilon", xl)), torch.device("cpu"), torch.float32)
+    context, pooled = base.text(["a dog", "a cat"])
+    sample, steps = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    conditions = base.conditions(pooled, SIDE)
+    plain = base.unet(sample, steps, context, added_cond_kwargs=conditions).sample
+
+    branch = ValueBranch(base.unet, 2, TOKENS, context.shape[2])
+    denoiser = Denoiser(base.unet, branch)
+    labels = base.feature(["vibrant color", "zq"]).expand(2, 2, -1)
+    mixed = torch.ones(2)
+    assert torch.equal(denoiser(sample, steps, context, labels, mixed, conditions), plain)
+
+    torch.nn.init.normal_(branch.zero.bias)
+    steered = denoiser(sample, steps, context, labels, torch.tensor([1.0, 0.0]), conditions)
+    assert not torch.allclose(steered[0], plain[0], atol=1e-4)
+    assert torch.equal(steered[1], plain[1]), "an image without mixed values must not be touched"
+
+
+def test_mixing_is_the_two_branches_of_the_paper(pipeline: Path) -> None:
+    base = Base(str(pipeline), torch.device("cpu"), torch.float32)
+    name, layer = next(iter(cross_attention(base.unet).items()))
+    branch = ValueBranch(base.unet, 2, TOKENS, 32)
+    torch.nn.init.normal_(branch.zero.weight)
+    denoiser = Denoiser(base.unet, branch)
+    context, x = torch.randn(3, TOKENS, 32), torch.randn(3, 64, layer.to_q.in_features)
+    values = branch(torch.randn(3, 2, 32))
+    denoiser._values = values
+    got = layer(x, context)
+
+    def heads(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+
+    q, k = heads(layer.to_q(x)), heads(layer.to_k(context))
+    weights = (q @ k.transpose(-1, -2) * layer.scale).softmax(-1)
+    content = heads(context @ layer.to_v.weight.T)
+    both = weights @ content + weights @ heads(values[branch.names.index(name)])
+    expected = layer.to_out[0](both.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(got, expected)
+
+
+def test_training_moves_the_loss_and_leaves_the_base(
+    pipeline: Path, data: Path, tmp_path: Path
+) -> None:
+    from vmix import Adapter
+
+    out = run(pipeline, data, tmp_path / "out", "--name=demo", "--rank=2", "--max_train_steps=3")
+    adapter = Adapter.open(out / "demo.safetensors")
+    adapter.validate()
+    assert [label.name for label in adapter.labels] == ["vibrant color", "sharp focus"]
+    assert adapter.context_tokens == TOKENS
+    on, off = (torch.from_dlpack(adapter.project(w)).clone() for w in ("all", "none"))
+    assert not torch.allclose(on, off), "labels make no difference after training"
+    assert {layer.name for layer in adapter.layers} == {
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
+        "mid_block.attentions.0.transformer_blocks.0.attn2",
+        "up_blocks.1.attentions.0.transformer_blocks.0.attn2",
+        "up_blocks.1.attentions.1.transformer_blocks.0.attn2",
+    }
+    lora = load_file(out / "pytorch_lora_weights.safetensors")
+    assert any("conv1" in name for name in lora)
+    assert any("attn1.to_q" in name for name in lora)
+
+
+def test_metadata(pipeline: Path, data: Path, tmp_path: Path) -> None:
+    out = run(
+        pipeline, data, tmp_path / "out", "--apply_to=contrast", "--license=MIT", "--title=Demo"
+    )
+    found = metadata(out / "vmix.safetensors")
+    assert found["vmix.base"] == "other"
+    assert found["vmix.apply_to"] == "contrast"
+    assert found["modelspec.title"] == "Demo"
+    assert found["modelspec.license"] == "MIT"
+    assert "modelspec.author" not in found
+    assert json.loads(found["vmix.labels"])[1] == {
+        "name": "sharp focus",
+        "dimension": "focus",
+        "positive": "sharp focus",
+        "negative": "xv",
+        "default": 0.5,
+        "neutral": None,
+        "display_names": {"zh": "清晰"},
+    }
+    names = json.loads(found["vmix.ldm_names"])
+    assert (
+        names["up_blocks.1.attentions.1.transformer_blocks.0.attn2"]
+        == "output_blocks.3.1.transformer_blocks.0.attn2"
+    )
+    assert json.loads(found["vmix.trained"])["steps"] == 4
+    assert str(tmp_path) not in json.dumps(found)
+
+
+def test_lora_alone(pipeline: Path, data: Path, tmp_path: Path) -> None:
+    import diffusers
+
+    out = run(pipeline, data, tmp_path / "out", "--no_vmix", "--rank=2")
+    assert not (out / "vmix.safetensors").exists()
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    plain = pipe.unet.state_dict()["mid_block.attentions.0.proj_in.weight"].clone()
+    pipe.load_lora_weights(out)
+    pipe.fuse_lora()
+    module = pipe.unet.mid_block.attentions[0].proj_in
+    assert not torch.equal(getattr(module, "base_layer", module).weight, plain)
+
+
+@pytest.mark.parametrize("more", [["--cache_latents"], []])
+def test_resume_is_bit_exact(pipeline: Path, data: Path, tmp_path: Path, more: list[str]) -> None:
+    more = [*more, "--rank=2", "--gradient_accumulation_steps=2", "--lr_scheduler=cosine"]
+    whole = run(pipeline, data, tmp_path / "whole", "--checkpointing_steps=3", *more)
+    torch.rand(7)  # whatever else has happened in this process must not matter
+    half = tmp_path / "half"
+    (half / "checkpoint-3").parent.mkdir()
+    (whole / "checkpoint-3").rename(half / "checkpoint-3")
+    run(pipeline, data, half, "--resume_from_checkpoint=latest", *more)
+    for file in ("vmix.safetensors", "pytorch_lora_weights.safetensors"):
+        first, second = load_file(whole / file), load_file(half / file)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    other = run(pipeline, data, tmp_path / "other", "--seed=1", *more)
+    seeded = load_file(other / "vmix.safetensors")
+    assert any(
+        not torch.equal(first, seeded[n])
+        for n, first in load_file(half / "vmix.safetensors").items()
+    )
+
+
+@pytest.mark.parametrize("policy", ["cond", "both", "contrast"])
+def test_what_a_dropped_caption_teaches(
+    pipeline: Path, data: Path, tmp_path: Path, policy: str
+) -> None:
+    out = run(pipeline, data, tmp_path, "--text_dropout=0.9999", f"--apply_to={policy}")
+    learned = load_file(out / "vmix.safetensors")["projection.zero.weight"].abs().sum() > 0
+    assert learned == (policy != "cond")
+
+
+def test_cached_latents_change_nothing(pipeline: Path, data: Path, tmp_path: Path) -> None:
+    first = load_file(run(pipeline, data, tmp_path / "a") / "vmix.safetensors")
+    second = load_file(run(pipeline, data, tmp_path / "b", "--cache_latents") / "vmix.safetensors")
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_it_learns_a_label(data: Path, tmp_path: Path, prediction: str) -> None:
+    """Black and white pictures under one caption: only the label can tell them apart."""
+    for number in range(COUNT):
+        Image.new("RGB", (SIDE, SIDE), ("black", "white")[number % 2]).save(data / f"{number}.png")
+    lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({**line, "text": "a dog"}) + "\n" for line in lines)
+    (data / "metadata.jsonl").write_text(text)
+    pipeline = _pipeline(tmp_path / "base", prediction)
+    more = ["--max_train_steps=40", "--train_batch_size=8", "--cache_latents", "--text_dropout=0"]
+    run(pipeline, data, tmp_path / "out", *more)
+
+    base = Base(str(pipeline), torch.device("cpu"), torch.float32)
+    tensors = load_file(tmp_path / "out" / "vmix.safetensors")
+    branch = ValueBranch(base.unet, 2, TOKENS, 32)
+    branch.load_state_dict(
+        {
+            **{
+                k.removeprefix("projection."): v for k, v in tensors.items() if k.startswith("proj")
+            },
+            **{
+                f"to_v_aes.{i}.weight": tensors[f"{name}.to_v_aes.weight"]
+                for i, name in enumerate(branch.names)
+            },
+        }
+    )
+    denoiser = Denoiser(base.unet, branch)
+    latents = torch.cat(
+        [
+            base.latents(base.moments(torch.full((1, 3, SIDE, SIDE), v)), torch.zeros(1))
+            for v in (-1.0, 1.0)
+        ]
+    )
+    context = base.text(["a dog"])[0].expand(2, -1, -1)
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).expand(
+        2, -1, -1, -1
+    )
+    t = torch.tensor([700, 700])
+    noisy = base.scheduler.add_noise(latents, noise, t)
+    target = noise if prediction == "epsilon" else base.scheduler.get_velocity(latents, noise, t)
+    emb = tensors["aes_emb"]
+    right = torch.stack([torch.stack([emb[0, 1], emb[1, 1]]), torch.stack([emb[0, 0], emb[1, 1]])])
+    with torch.no_grad():
+        losses = [
+            float((denoiser(noisy, t, context, f, torch.ones(2)) - target).square().mean())
+            for f in (right, right.flip(0))
+        ]
+    assert losses[0] < losses[1]
+
+
+# --- names and data ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("base", "dim"), [("sd15", 768), ("sdxl", 2048)])
+def test_known_bases(base: Any, dim: int) -> None:
+    layers = {layer.name: layer.inner_dim for layer in unet_layers(base)}
+    assert base_kind(layers, dim) == base
+    assert base_kind(layers, 1024) == "other"
+    assert base_kind({**layers, next(iter(layers)): 8}, dim) == "other"
+    assert base_kind({}, dim) == "other"
+
+
+def test_feature_is_the_first_end_of_text(pipeline: Path) -> None:
+    base = Base(str(pipeline), torch.device("cpu"), torch.float32)
+    ids = base.pipe.tokenizer("cat", padding="max_length", max_length=TOKENS).input_ids
+    assert ids[4] == base.pipe.tokenizer.eos_token_id
+    assert ids.count(ids[4]) > 1
+    torch.testing.assert_close(base.feature(["cat"])[0], base.text(["cat"])[0][0, 4])
+
+
+def test_missing_labels_are_negative(data: Path) -> None:
+    labels = read_labels(data / "labels.toml")
+    assert labels[0] == LabelSpec("vibrant color", "color", "vibrant color", "zq")
+    weights = [example.weights for example in read_examples(data, labels)]
+    assert weights == [(0, 1), (1, 0), (0, 0), (1, 1), (0, 0), (1, 0)]
+
+
+def test_everything_wrong_is_listed(data: Path) -> None:
+    rows = [
+        {"file_name": "0.png", "text": "x", "aesthetics": {"vivid": 1}},
+        {"file_name": "gone.png", "text": "x", "aesthetics": {"vibrant color": 1}},
+        {"file_name": "1.png", "text": "x"},
+        {"file_name": "2.png", "aesthetics": {}},
+        {"file_name": "3.png", "text": "x", "aesthetics": {"sharp focus": 2}},
+    ]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
+    with pytest.raises(TrainingError) as error:
+        read_examples(data, read_labels(data / "labels.toml"))
+    for part in (
+        "line 1: unknown label 'vivid'",
+        "line 2: no such image: gone.png",
+        "line 3: 1.png has no aesthetics",
+        "line 4: KeyError: 'text'",
+        "line 5: a label is neither",
+        "line 6: JSONDecodeError",
+        "label 'sharp focus' is the same in every image",
+    ):
+        assert part in str(error.value)
+
+
+def test_labels_are_checked(data: Path) -> None:
+    path = data / "labels.toml"
+    path.write_text(LABELS.replace('"xv"', '"zq"').replace("default", "defualt"))
+    with pytest.raises(TrainingError, match=r"label 2: .*unexpected keyword argument 'defualt'"):
+        read_labels(path)
+    path.write_text(LABELS.replace('"xv"', '"zq"'))
+    with pytest.raises(TrainingError, match="negative 'zq' is used twice"):
+        read_labels(path)
+
+
+def test_arguments_are_checked(pipeline: Path, data: Path, tmp_path: Path) -> None:
+    args = ["--pretrained_model_name_or_path=x", f"--train_data_dir={data}", "--output_dir=y"]
+    with pytest.raises(TrainingError, match="nothing to train"):
+        train(parse_args([*args, "--no_vmix"]))
+    with pytest.raises(SystemExit, match="--labels is missing"):
+        main(args)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    args += [f"--labels={data / 'labels.toml'}", f"--pretrained_model_name_or_path={tmp_path}"]
+    with pytest.raises(SystemExit, match="expected StableDiffusionPipeline"):
+        main(args)
+    defaults = parse_args(args)
+    assert (defaults.train_batch_size, defaults.max_train_steps) == (256, 50_000)
+
+
+def test_batches_see_every_image_once_an_epoch_and_resume_anywhere() -> None:
+    def take(count: int, *where: int) -> list[list[int]]:
+        batches = iter(Batches(6, 4, 0, *where))
+        return [next(batches) for _ in range(count)]
+
+    stream = [i for batch in take(6, 0, 0, 1) for i in batch]
+    for start in range(0, 24, 6):
+        assert sorted(stream[start : start + 6]) == list(range(6))
+    assert stream[:6] != stream[6:12], "epochs are shuffled anew"
+    assert take(4, 2, 0, 1) == take(6, 0, 0, 1)[2:]
+    first, second = take(3, 0, 0, 2), take(3, 0, 1, 2)
+    assert [b for pair in zip(first, second, strict=True) for b in pair] == take(6, 0, 0, 1)
+
+
+def test_pixels_are_cropped_at_the_centre(data: Path) -> None:
+    examples = read_examples(data, read_labels(data / "labels.toml"))
+    index, pixels = Pixels(examples, SIDE)[3]
+    with Image.open(examples[3].image) as image:
+        expected = np.asarray(image)[:, 2:-2].astype(np.float32) / 127.5 - 1
+    assert index == 3
+    np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)
