@@ -42,8 +42,11 @@ def brightness(images: ArrayLike) -> Array:
 
 
 def laplacian_variance(images: ArrayLike) -> Array:
-    """Variance of luma's Laplacian, the usual measure of focus: grows with contrast too."""
-    y = luma(images)
+    """Variance of the Laplacian of luma in 0..255, the usual measure of focus.
+
+    It grows with exposure and contrast too; `sharpness` does not.
+    """
+    y = 255 * luma(images)
     laplacian = (
         y[..., :-2, 1:-1]
         + y[..., 2:, 1:-1]
@@ -59,8 +62,8 @@ def sharpness(images: ArrayLike) -> Array:
 
     A flat picture has none: 0.
     """
-    contrast = luma(images).std((-2, -1))
-    flat = contrast < 1e-6
+    contrast = 255 * luma(images).std((-2, -1))
+    flat = contrast < 1e-4
     detail = np.sqrt(laplacian_variance(images))
     return _array(np.where(flat, 0.0, detail / np.where(flat, 1.0, contrast)))
 

@@ -1,0 +1,623 @@
+"""Measure what the demo's adapter does, and write docs/demo: README.md, report.json and plots.
+
+    make demo-report
+
+Prompts and seeds are ones that nothing was tuned on. The pictures of real looks are drawn with
+examples/demo/base, so three npm packages with emoji are downloaded once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from demo import (
+    BATCH,
+    GUIDANCE,
+    HERE,
+    STEPS,
+    Images,
+    Pair,
+    colour_of,
+    every,
+    generate,
+    grid,
+    only,
+    open_pipeline,
+    with_vmix,
+)
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from objects import ObjectClassifier
+from tqdm.auto import tqdm
+from vmix import Adapter
+from vmix.diffusers import load_vmix, set_vmix_scale, unload_vmix
+from vmix.measures import HUE_BANDS, MEASURES, hue_matches, laplacian_variance
+
+sys.path.insert(0, str(HERE / "base"))
+
+# Not among the demo's prompts (which, with other seeds, hyper-parameters were chosen on).
+PROMPTS = (
+    *("a red strawberry", "a red balloon", "a red rocket", "a red crab", "a red book"),
+    *("an orange fish", "an orange shirt", "an orange umbrella", "an orange fox"),
+    *("a yellow moon", "a yellow drop", "a yellow boat", "a yellow duck", "a yellow bus"),
+    *("a green cactus", "a green frog", "a green leaf", "a green hat", "a green turtle"),
+    *("a blue butterfly", "a blue whale", "a blue gem", "a blue gift", "a blue cup"),
+    *("purple grapes", "a purple octopus", "a purple crown", "a purple car"),
+    *("a pink pig", "a pink rose", "a pink shoe", "a pink house"),
+)
+SEEDS = (9001, 9002)
+SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
+LAPLACIAN = "Laplacian variance"
+COLOUR, OBJECT = FIDELITY = ("colour as prompted", "object as prompted")
+COLUMNS = (*MEASURES, LAPLACIAN, *FIDELITY)
+
+Values = Mapping[str, NDArray[np.float64]]
+
+
+def concept_of(prompt: str) -> str:
+    """What follows the colour."""
+    return prompt.partition(f"{colour_of(prompt)} ")[2]
+
+
+# --- statistics ----------------------------------------------------------------------------------
+
+
+def measured(
+    images: Images, colours: Sequence[str], concepts: Sequence[str], objects: ObjectClassifier
+) -> Values:
+    values = {name: measure(images) for name, measure in MEASURES.items()}
+    values[LAPLACIAN] = laplacian_variance(images)
+    found = [bool(hue_matches(i, colour)) for i, colour in zip(images, colours, strict=True)]
+    values[COLOUR] = np.array(found, dtype=np.float64)
+    values[OBJECT] = objects.matches(images, concepts).astype(np.float64)
+    return values
+
+
+def interval(values: NDArray[np.float64], draws: int = 4000) -> dict[str, float]:
+    """Mean and 95 % bootstrap interval; pictures without a value (no object) are left out."""
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"mean": float("nan"), "low": float("nan"), "high": float("nan"), "n": 0}
+    picks = np.random.default_rng(0).integers(len(values), size=(draws, len(values)))
+    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "n": len(values)}
+
+
+def levels(values: Values) -> dict[str, dict[str, float]]:
+    return {name: interval(values[name]) for name in COLUMNS}
+
+
+def effects(after: Values, before: Values) -> dict[str, dict[str, float]]:
+    """Differences within pairs of pictures: same prompt, same noise."""
+    return {name: interval(after[name] - before[name]) for name in COLUMNS}
+
+
+# --- real pictures -------------------------------------------------------------------------------
+
+
+def real_pictures(adapter: Adapter, cache: Path, objects: ObjectClassifier) -> dict[str, Values]:
+    """Emoji in a prompted colour under every look: all negative, single labels, all positive."""
+    from colours import TARGET_HUES, colour_word, main_hue, rotate_hue
+    from data import load_sources
+    from transforms import render
+
+    looks: dict[str, dict[str, float]] = {"none": only(adapter, None), "all": every(adapter)}
+    looks |= {label.name: only(adapter, label.name) for label in adapter.labels}
+    images: dict[str, list[NDArray[np.float32]]] = {look: [] for look in looks}
+    colours, concepts = [], []
+    random = torch.Generator().manual_seed(4242)
+    for source in tqdm(3 * load_sources(cache), desc="real pictures", leave=False):
+        image = source.image
+        hue, coloured = main_hue(image)
+        if coloured > 0.3:
+            target = int(torch.randint(len(TARGET_HUES), (), generator=random))
+            image = rotate_hue(image, TARGET_HUES[target] - hue)
+        colour = colour_word(image)
+        if colour is None or colour not in HUE_BANDS:
+            continue
+        colours.append(colour)
+        concepts.append(source.concept)
+        seed = int(torch.randint(2**31, (), generator=random))
+        for look, labels in looks.items():
+            weights = {name: int(weight) for name, weight in labels.items()}
+            drawn = render(image, weights, torch.Generator().manual_seed(seed))
+            images[look].append(drawn.permute(1, 2, 0).numpy())
+    return {
+        look: measured(np.stack(drawings).astype(np.float64), colours, concepts, objects)
+        for look, drawings in images.items()
+    }
+
+
+# --- attention maps ------------------------------------------------------------------------------
+
+
+class Recorder:
+    """An attention processor that does the plain computation and keeps the conditional maps."""
+
+    def __init__(self, maps: list[torch.Tensor]) -> None:
+        self.maps = maps
+
+    def __call__(
+        self, attn: Any, hidden_states: Any, encoder_hidden_states: Any = None, **_: Any
+    ) -> Any:
+        context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            attn.head_to_batch_dim(tensor)
+            for tensor in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
+        )
+        weights = attn.get_attention_scores(query, key)
+        heads = weights.reshape(len(hidden_states), attn.heads, *weights.shape[1:]).mean(1)
+        self.maps.append(heads.chunk(2)[1])  # [uncond; cond]
+        out = attn.batch_to_head_dim(torch.bmm(weights, value))
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def attention_maps(pipe: Any, pairs: Sequence[Pair], make: Callable[[], Images]) -> Any:
+    """The pictures and, of every layer and step, the map [pictures, queries, tokens] over heads."""
+    before = pipe.unet.attn_processors
+    maps: list[torch.Tensor] = []
+    own = {n: Recorder(maps) if "attn2" in n else p for n, p in before.items()}
+    pipe.unet.set_attn_processor(own)
+    try:
+        return make(), maps
+    finally:
+        pipe.unet.set_attn_processor(before)
+
+
+def compare_maps(
+    first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Per picture: mean over layers and steps of correlation and of total variation."""
+    correlations, variations = [], []
+    for a, b in zip(first, second, strict=True):
+        variations.append(0.5 * (a - b).abs().sum(-1).mean(-1))
+        x, y = (m.flatten(1) - m.flatten(1).mean(1, keepdim=True) for m in (a, b))
+        correlations.append((x * y).sum(1) / (x.norm(dim=1) * y.norm(dim=1)))
+    pair = (torch.stack(part).double().mean(0).numpy() for part in (correlations, variations))
+    return next(pair), next(pair)
+
+
+def word_maps(pipe: Any, pairs: Sequence[Pair], maps: Sequence[torch.Tensor]) -> Any:
+    """The map of each prompt's last word, mean over steps and the layers of highest resolution."""
+    queries = max(m.shape[1] for m in maps)
+    mean = torch.stack([m for m in maps if m.shape[1] == queries]).mean(0)
+    side = round(queries**0.5)
+    ids = pipe.tokenizer([prompt for prompt, _ in pairs]).input_ids
+    last = [len(row) - 2 for row in ids]  # the end of text comes after it
+    return mean[torch.arange(len(pairs)), :, last].reshape(-1, side, side).numpy()
+
+
+def attention(
+    pipe: Any, adapter: Adapter, pairs: Sequence[Pair], bar: Any
+) -> tuple[dict[str, Any], list[tuple[str, Any, Any]]]:
+    """How far attention maps move, what to compare that with, and pictures beside their maps."""
+    text = [prompt for prompt, _ in pairs]
+    context = pipe.encode_prompt(text, "cpu", 1, False)[0]
+    empty = pipe.encode_prompt([""] * len(text), "cpu", 1, False)[0]
+    f_a = torch.utils.dlpack.from_dlpack(adapter.project(every(adapter))).to(context)
+
+    def plain(seed: int = 0) -> Images:
+        return generate(pipe, [(p, s + seed) for p, s in pairs], bar)
+
+    def added() -> Images:
+        random = [torch.Generator().manual_seed(seed) for _, seed in pairs]
+        options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "output_type": "np"}
+        embeds = {"prompt_embeds": context + f_a, "negative_prompt_embeds": empty}
+        bar.update(len(pairs))
+        return np.asarray(pipe(generator=random, **embeds, **options).images)
+
+    makers: dict[str, Callable[[], Images]] = {
+        "VMix, λ = 1": lambda: with_vmix(pipe, adapter, pairs, every(adapter), 1.0, bar),
+        "VMix, λ = 2": lambda: with_vmix(pipe, adapter, pairs, every(adapter), 2.0, bar),
+        "f_a added to the text instead": added,
+        "another seed": lambda: plain(100),
+    }
+    images, maps = attention_maps(pipe, pairs, plain)
+    rows, shown = {}, [("base model", images, word_maps(pipe, pairs, maps))]
+    for name, make in makers.items():
+        other, others = attention_maps(pipe, pairs, make)
+        correlation, variation = compare_maps(maps, others)
+        rows[name] = {
+            "correlation": interval(correlation),
+            "total variation": interval(variation),
+            "pixel change": interval(np.abs(other - images).mean((1, 2, 3))),
+        }
+        if len(shown) < 2:
+            shown.append((name, other, word_maps(pipe, pairs, others)))
+    return rows, shown
+
+
+# --- the measurements ----------------------------------------------------------------------------
+
+
+def measure(args: argparse.Namespace, pipe: Any, adapter: Adapter) -> tuple[dict[str, Any], Any]:
+    """Everything the report says, and what the attention plot shows."""
+    pairs = [(prompt, seed) for seed in SEEDS for prompt in PROMPTS][: args.pairs]
+    names = [label.name for label in adapter.labels]
+    default, maps = adapter.apply_to, pairs[:BATCH]
+    objects = ObjectClassifier.fit(args.cache)
+    real = real_pictures(adapter, args.cache, objects)
+
+    def judged(images: Images) -> Values:
+        colours, concepts = (
+            [part(prompt) for prompt, _ in pairs] for part in (colour_of, concept_of)
+        )
+        return measured(images, colours, concepts, objects)
+
+    sets = len(SCALES) + 3 * (len(names) + 2) - 2 + 3
+    with tqdm(total=sets * len(pairs) + 5 * len(maps), desc="pictures", unit="") as bar:
+
+        def made(
+            selection: Any, scale: float = 1.0, source: Adapter = adapter, **more: Any
+        ) -> Values:
+            return judged(with_vmix(pipe, source, pairs, selection, scale, bar, **more))
+
+        # λ, and the check that λ = 0 and removal are the base model, bit for bit.
+        bare = generate(pipe, pairs, bar)
+        base = judged(bare)
+        some = pairs[:BATCH]  # the same batch: another size rounds otherwise
+        load_vmix(pipe, adapter, every(adapter), 1.0)
+        set_vmix_scale(pipe, 0.0)
+        zero = generate(pipe, some)
+        unload_vmix(pipe)
+        identical = [bool((bare[: len(some)] == i).all()) for i in (zero, generate(pipe, some))]
+        strength = {0.0: base}
+        strength |= {scale: made(every(adapter), scale) for scale in SCALES if scale}
+
+        # Labels one by one, and the policies for the unconditional pass, each as trained.
+        policies: dict[str, dict[str, Values]] = {}
+        for policy in ("cond", "both", "contrast"):
+            source = adapter
+            if (policy == "cond") != (default == "cond"):
+                source = Adapter.open(
+                    args.ablation / f"{'cond' if policy == 'cond' else 'both'}.safetensors"
+                )
+            looks = {name: only(adapter, name) for name in names}
+            looks |= {"none": only(adapter, None), "all": every(adapter)}
+            policies[policy] = {}
+            for look, selection in looks.items():
+                if policy == default and look == "all":
+                    values = strength[1.0]
+                elif policy == "contrast" and look == "none":
+                    values = policies["both"]["none"]  # the same thing twice
+                else:
+                    values = made(selection, source=source, apply_to=policy)
+                policies[policy][look] = values
+        single = policies[default]
+
+        # The paper's table 3: the adapter trained beside a LoRA, that LoRA, and a LoRA alone.
+        joint = Adapter.open(args.ablation / "joint.safetensors")
+        ablation = {"base model": base, "VMix (LoRA dropped)": made(every(joint), source=joint)}
+        pipe.load_lora_weights(
+            args.ablation, weight_name="joint-lora.safetensors", adapter_name="a"
+        )
+        ablation["VMix and its LoRA"] = made(every(joint), source=joint)
+        pipe.unload_lora_weights()
+        pipe.load_lora_weights(args.ablation, weight_name="only-lora.safetensors", adapter_name="b")
+        ablation["LoRA only"] = judged(generate(pipe, pairs, bar))
+        pipe.unload_lora_weights()
+        ablation["the demo's adapter (trained without LoRA)"] = strength[1.0]
+        maps_moved, shown = attention(pipe, adapter, maps, bar)
+
+    def distance(values: Values) -> float:
+        """From real all-positive pictures: root mean square over measures, in their SDs."""
+        gaps = [
+            (np.nanmean(values[m]) - np.nanmean(real["all"][m])) / np.nanstd(real["all"][m])
+            for m in MEASURES
+        ]
+        return float(np.sqrt(np.mean(np.square(gaps))))
+
+    result = {
+        "settings": {
+            "prompts": list(PROMPTS), "seeds": list(SEEDS), "pairs": len(pairs),
+            "concepts": objects.concepts,
+            "steps": STEPS, "guidance": GUIDANCE, "apply_to": default,
+            "trained": json.loads(adapter.trained),
+        },
+        "real": {
+            "pictures": len(real["all"][COLOUR]),
+            "all negative": levels(real["none"]), "all positive": levels(real["all"]),
+            "labels": {name: effects(real[name], real["none"]) for name in names},
+            "colour ceiling": float(np.mean([real[look][COLOUR].mean() for look in real])),
+            "object ceiling": objects.ceiling(args.cache),
+        },
+        "labels": {name: effects(single[name], single["none"]) for name in names},
+        "levels": {"base": levels(base), "none": levels(single["none"])},
+        "strength": {f"{scale:g}": levels(values) for scale, values in strength.items()},
+        "strength effect": {f"{s:g}": effects(values, base) for s, values in strength.items()},
+        "identical": {"scale 0": identical[0], "after unloading": identical[1]},
+        "attention": maps_moved,
+        "unconditional": {
+            policy: {
+                "labels": {n: effects(looks[n], looks["none"]) for n in names},
+                "range": effects(looks["all"], looks["none"]),
+                "all": levels(looks["all"]), "none": levels(looks["none"]),
+                "distance all": distance(looks["all"]),
+                "no object, none": float(np.isnan(looks["none"]["off-centre"]).mean()),
+            }
+            for policy, looks in policies.items()
+        },
+        "ablation": {
+            row: {"levels": levels(values), "distance": distance(values)}
+            for row, values in ablation.items()
+        },
+    }  # fmt: skip
+    return result, shown
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+BLUE, GREY, BAND = "#0969da", "#8c959f", "#b6d4fe"
+
+
+def figure(columns: int, width: float, height: float, share: bool = False) -> tuple[Figure, Any]:
+    canvas = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    axes = canvas.subplots(1, columns, sharey=share)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#eaeef2")
+        axis.set_axisbelow(True)
+    return canvas, axes
+
+
+def plot_labels(result: Mapping[str, Any], path: Path) -> None:
+    names = list(result["labels"])
+    canvas, axes = figure(len(MEASURES), 12, 2.9, share=True)
+    for axis, name in zip(axes, MEASURES, strict=True):
+        for row, label in enumerate(names):
+            real, own = result["real"]["labels"][label][name], result["labels"][label][name]
+            first = row == 0
+            axis.plot(
+                real["mean"], row - 0.14, "D", color=GREY, mfc="white",
+                label="drawn look" if first else None,
+            )  # fmt: skip
+            axis.plot([own["low"], own["high"]], [row + 0.14] * 2, color=BLUE, lw=2)
+            axis.plot(own["mean"], row + 0.14, "o", color=BLUE, label="VMix" if first else None)
+        axis.axvline(0, color=GREY, lw=0.8)
+        axis.set_title(name, fontsize=11)
+    axes[0].set_yticks(range(len(names)), [f"+ {name}" for name in names])
+    axes[0].invert_yaxis()
+    canvas.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
+    )
+    canvas.savefig(path)
+
+
+def plot_strength(result: Mapping[str, Any], path: Path) -> None:
+    scales = [float(scale) for scale in result["strength"]]
+    canvas, axes = figure(len(COLUMNS), 17, 2.9)
+    for axis, name in zip(axes, COLUMNS, strict=True):
+        rows = [levels[name] for levels in result["strength"].values()]
+        axis.fill_between(
+            scales, [r["low"] for r in rows], [r["high"] for r in rows], color=BAND, lw=0
+        )
+        axis.plot(scales, [r["mean"] for r in rows], "o-", color=BLUE, ms=4)
+        real = result["real"]["all positive"][name]["mean"]
+        axis.axhline(real, color=GREY, ls="--", lw=1)
+        axis.set_title(name, fontsize=11)
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("λ")
+        axis.set_xticks([0, 0.5, 1, 1.5, 2])
+    for axis in axes[-len(FIDELITY) :]:
+        axis.set_ylim(0, 1.02)
+    canvas.savefig(path)
+
+
+def plot_attention(pairs: Sequence[Pair], shown: Any, path: Path, count: int = 6) -> None:
+    canvas = Figure(figsize=(1.6 * count, 6.8), layout="constrained", dpi=110)
+    axes = canvas.subplots(4, count)
+    for column in range(count):
+        top = max(float(maps[column].max()) for _, _, maps in shown)
+        for row, (name, images, maps) in enumerate(shown):
+            axes[2 * row, column].imshow(images[column])
+            axes[2 * row + 1, column].imshow(maps[column], vmin=0, vmax=top, cmap="magma")
+            axes[2 * row, 0].set_ylabel(name)
+            axes[2 * row + 1, 0].set_ylabel("attention map")
+        axes[0, column].set_title(
+            pairs[column][0].removeprefix("a ").removeprefix("an "), fontsize=10
+        )
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.spines[:].set_visible(False)
+    canvas.savefig(path)
+
+
+def number(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.3f}" if abs(value) < 10 else f"{value:{sign}.0f}"
+
+
+def cell(value: Mapping[str, float]) -> str:
+    mean, low, high = (number(value[key], "+") for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+SIGNS = ("positive", "negative")
+
+# What the numbers of the committed report.json say; to be read again when they change.
+NOTES = {
+    "labels": "",
+    "strength": "",
+    "attention": "",
+    "unconditional": "",
+    "ablation": "",
+}
+
+
+def verdict(own: Mapping[str, float], real: Mapping[str, float]) -> str:
+    share = own["mean"] / real["mean"]
+    if own["low"] <= 0 <= own["high"]:
+        return "not shown"
+    return f"{share:.0%}" if share > 0 else f"{share:.0%}, the wrong way"
+
+
+def text(r: Mapping[str, Any]) -> str:
+    """docs/demo/README.md from the numbers."""
+    settings, real, labels = r["settings"], r["real"], r["labels"]
+    objects = real["object ceiling"]
+    own = dict(zip(labels, MEASURES, strict=True))  # the measure that is about the label
+
+    def column(values: Mapping[str, Mapping[str, float]]) -> list[str]:
+        return [number(values[name]["mean"]) for name in COLUMNS]
+
+    label_rows = [
+        [name, m, cell(labels[name][m]), cell(real["labels"][name][m]),
+         verdict(labels[name][m], real["labels"][name][m])]
+        for name, m in own.items()
+    ]  # fmt: skip
+
+    def both(name: str, measure: str) -> str:
+        drawn = real["labels"][name][measure]["mean"]
+        return f"{number(labels[name][measure]['mean'], '+')} ({number(drawn, '+')})"
+
+    side_rows = [[name, *(both(name, measure) for measure in COLUMNS)] for name in labels]
+    strength_rows = [[scale, *column(values)] for scale, values in r["strength"].items()]
+    fidelity_rows = [
+        [scale, *(cell(values[m]) for m in FIDELITY)]
+        for scale, values in r["strength effect"].items()
+    ]
+    strength_rows.append(["drawn, all positive", *column(real["all positive"])])
+    attention_rows = [
+        [name, *(f"{value['mean']:.3f}" for value in row.values())]
+        for name, row in r["attention"].items()
+    ]
+    policy_fidelity = [f"{word}, all {look}" for word in ("colour", "object") for look in SIGNS]
+    policy_rows = [
+        [
+            policy + (" (default)" if policy == settings["apply_to"] else ""),
+            *(f"{row['labels'][name][m]['mean']:+.3f}" for name, m in own.items()),
+            *(f"{row[look][m]['mean']:.3f}" for m in FIDELITY for look in ("all", "none")),
+            f"{row['distance all']:.2f}",
+        ]
+        for policy, row in r["unconditional"].items()
+    ]
+    ablation_rows = [
+        [name, *column(row["levels"]), f"{row['distance']:.2f}"]
+        for name, row in r["ablation"].items()
+    ]
+    ablation_rows.append(["drawn, all positive", *column(real["all positive"]), "0"])
+    zero = "yes" if all(r["identical"].values()) else f"NO: {r['identical']}"
+    return f"""# What the demo's adapter does
+
+Written by `make demo-report` from [report.json](report.json): {settings["pairs"]} prompt-seed pairs
+that nothing was tuned on, {settings["steps"]} DDIM steps, guidance {settings["guidance"]:g},
+strength 1 unless said otherwise. Square brackets are 95 % bootstrap intervals over pairs. The model
+is very small (64 px, 4 M parameters) and its labels are four drawn looks, so this shows that the
+method and this implementation work, not how a real photograph would improve.
+
+![Eight prompts without VMix, with all labels positive, single labels, and all negative](grid.png)
+
+Measures ([vmix.measures](../../python/vmix/measures.py)): colourfulness after Hasler and Süsstrunk;
+brightness, the mean luma; sharpness, the deviation of the Laplacian over that of luma; off-centre,
+the distance of the object from the centre in half-sizes. Laplacian variance (luma in 0..255) is the
+usual measure of focus, which follows exposure and contrast as well.
+
+Text fidelity is the share of pictures whose main hue is the prompt's colour (*{COLOUR}*), and of
+those in which a small classifier, blind to colour, size and place, sees the prompt's object among
+{len(settings["concepts"])} (*{OBJECT}*). On drawn pictures, which are right by construction, the
+first finds {real["colour ceiling"]:.3f} and the second {objects["all looks"]:.3f} (all positive
+{objects["all positive"]:.3f}, all negative {objects["all negative"]:.3f}; the same drawings as it
+was fitted to, in other hues, looks and places): their ceilings.
+
+## Labels one by one
+
+One label positive and the others negative, against all negative. "Drawn look" is the same
+difference between emoji drawn with and without the look that the label was trained on.
+
+{rows(["label", "its measure", "VMix", "drawn look", "share"], label_rows)}
+
+![Effect of every label on every measure](labels.png)
+
+All measures, VMix and in brackets the drawn look:
+
+{rows(["label", *COLUMNS], side_rows)}
+
+{NOTES["labels"]}
+
+## Strength
+
+All labels positive. λ = 0 and an unloaded adapter give the base's pictures bit for bit: {zero}.
+
+{rows(["λ", *COLUMNS], strength_rows)}
+
+![Measures against strength; the dashed line is drawn all-positive pictures](strength.png)
+
+The prompt is met at each λ, against the base with the same noise:
+
+{rows(["λ", *FIDELITY], fidelity_rows)}
+
+{NOTES["strength"]}
+
+## Attention maps
+
+The paper's figure 10: both branches share one map, so that aesthetics leave the layout alone.
+Against the base's maps for the same prompt and noise; mean over layers, steps and pictures.
+
+{rows(["", "correlation", "total variation", "pixel change"], attention_rows)}
+
+![Pictures and the attention map of the object's word](attention.png)
+
+{NOTES["attention"]}
+
+## The unconditional pass
+
+What guidance's unconditional pass is given is not in the paper. `cond`: nothing. `both`: the same
+labels. `contrast`: all labels negative. Each with an adapter that was trained for it (see
+[training](../training.md#the-unconditional-pass)). The first columns are each label's effect on
+its own measure, then text fidelity, and how far all-positive pictures are from
+drawn ones (root mean square over the four measures, in standard deviations).
+
+{rows(["", *own, *policy_fidelity, "distance"], policy_rows)}
+
+{NOTES["unconditional"]}
+
+## With and without LoRA
+
+The paper's table 3 in miniature, all labels positive. The LoRA alone is trained on the same
+pictures without labels, of which half are negative in each.
+
+{rows(["", *COLUMNS, "distance"], ablation_rows)}
+
+{NOTES["ablation"]}
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=HERE / "model")
+    parser.add_argument("--adapter", type=Path, default=HERE / "adapter.safetensors")
+    parser.add_argument("--ablation", type=Path, default=HERE / "ablation")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "vmix-demo")
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "demo")
+    parser.add_argument("--pairs", type=int, help="Fewer prompt-seed pairs, for a quick look.")
+    parser.add_argument("--text-only", action="store_true", help="Rewrite README from report.json.")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = args.out / "report.json"
+    if not args.text_only:
+        pipe, adapter = open_pipeline(args.model), Adapter.open(args.adapter)
+        grid(pipe, adapter, 0).save(args.out / "grid.png")  # as `make demo` makes it
+        result, shown = measure(args, pipe, adapter)
+        data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        pairs = [(prompt, SEEDS[0]) for prompt in PROMPTS]
+        plot_attention(pairs, shown, args.out / "attention.png", min(6, len(shown[0][1])))
+    result = json.loads(data.read_text(encoding="utf-8"))
+    plot_labels(result, args.out / "labels.png")
+    plot_strength(result, args.out / "strength.png")
+    (args.out / "README.md").write_text(text(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The demo and its report: the parts that are not pictures, and a short run of the whole."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+DEMO = Path(__file__).parents[2] / "examples" / "demo"
+sys.path[:0] = [str(DEMO), str(DEMO / "base")]
+
+demo: Any = import_module("demo")
+report: Any = import_module("report")
+
+
+def test_labels_are_the_ones_that_are_drawn() -> None:
+    from transforms import LABELS
+    from vmix.train.data import read_labels
+
+    labels = read_labels(DEMO / "labels.toml")
+    assert [label.name for label in labels] == list(LABELS)
+    assert len({label.dimension for label in labels}) == len(labels)
+
+
+def test_report_uses_prompts_and_seeds_that_the_demo_does_not() -> None:
+    assert not set(report.PROMPTS) & set(demo.PROMPTS)
+    assert not set(report.SEEDS) & set(demo.SEEDS)
+    for prompt in (*report.PROMPTS, *demo.PROMPTS):
+        assert demo.colour_of(prompt)
+
+
+def test_selections() -> None:
+    adapter = SimpleNamespace(labels=[SimpleNamespace(name="a"), SimpleNamespace(name="b")])
+    assert demo.only(adapter, "b") == {"a": 0, "b": 1}
+    assert demo.only(adapter, None) == {"a": 0, "b": 0}
+    assert demo.every(adapter) == {"a": 1, "b": 1}
+
+
+def test_fidelity() -> None:
+    images = np.ones((2, 16, 16, 3))
+    images[:, 4:10, 4:10] = (0.8, 0.1, 0.1)
+    pairs = [("a red car", 0), ("a blue car", 0)]
+    assert demo.fidelity(images, pairs).tolist() == [True, False]
+
+
+def test_grid_puts_every_picture_under_its_header() -> None:
+    colours = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)]
+    columns = [
+        (name, "", np.broadcast_to(np.array(c), (2, 8, 8, 3)))
+        for name, c in zip("abc", colours, strict=False)
+    ]
+    image = demo.draw_grid(columns, ["first", "second"], [("x", 1), ("y", 2)])
+    step, half = demo.CELL + demo.GAP, demo.CELL // 2
+    for column, left in enumerate((0, step + demo.GAP, 2 * step + demo.GAP)):
+        for row in range(2):
+            place = (demo.LEFT + left + half, demo.TOP + row * step + half)
+            assert image.getpixel(place) == tuple(int(255 * c) for c in colours[column])
+    assert image.getpixel((image.width - 2, image.height - 2)) == (255, 255, 255)
+
+
+def test_interval() -> None:
+    values = np.random.default_rng(1).normal(2.0, 1.0, 400)
+    found = report.interval(values)
+    assert found["mean"] == pytest.approx(values.mean())
+    error = 1.96 * values.std() / 20
+    assert found["low"] == pytest.approx(values.mean() - error, abs=0.02)
+    assert found["high"] == pytest.approx(values.mean() + error, abs=0.02)
+    assert report.interval(np.array([1.0, np.nan, 3.0]))["mean"] == 2
+    assert report.interval(np.array([np.nan]))["n"] == 0
+
+
+def test_effects_are_paired() -> None:
+    noise = np.random.default_rng(2).normal(0, 10, 50)
+    before = dict.fromkeys(report.COLUMNS, noise)
+    after = dict.fromkeys(report.COLUMNS, noise + 0.5)
+    found = report.effects(after, before)["brightness"]
+    assert found["low"] == pytest.approx(0.5)
+    assert found["high"] == pytest.approx(0.5)
+
+
+def test_comparing_maps() -> None:
+    maps = [torch.rand(3, 4, 5).softmax(-1), torch.rand(3, 16, 5).softmax(-1)]
+    correlation, variation = report.compare_maps(maps, maps)
+    np.testing.assert_allclose(correlation, 1, rtol=1e-6)
+    np.testing.assert_allclose(variation, 0, atol=1e-7)
+    first, second = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
+    first[..., 0], second[..., 1] = 1, 1  # all attention on another token
+    correlation, variation = report.compare_maps([first], [second])
+    assert variation == pytest.approx(1)
+    assert correlation < 0
+
+
+def test_recording_does_not_change_attention() -> None:
+    from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+
+    torch.manual_seed(0)
+    layer = Attention(32, cross_attention_dim=16, heads=4, dim_head=8)
+    x, context = torch.randn(4, 9, 32), torch.randn(4, 5, 16)
+    layer.set_processor(AttnProcessor2_0())
+    expected = layer(x, context)
+    maps: list[torch.Tensor] = []
+    layer.set_processor(report.Recorder(maps))
+    torch.testing.assert_close(layer(x, context), expected)
+    assert maps[0].shape == (2, 9, 5)
+    torch.testing.assert_close(maps[0].sum(-1), torch.ones(2, 9))
+
+
+def test_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import Image
+
+    monkeypatch.setattr(demo, "STEPS", 2)
+    monkeypatch.setattr(demo, "PROMPTS", demo.PROMPTS[:2])
+    monkeypatch.setattr(demo, "SEEDS", (0,))
+    monkeypatch.setattr(sys, "argv", ["demo.py", f"--out={tmp_path}"])
+    demo.main()
+    with Image.open(tmp_path / "grid.png") as image:
+        assert image.width > image.height
+
+
+def test_prompts_name_what_the_base_model_has_seen() -> None:
+    concepts = json.loads((DEMO / "base" / "concepts.json").read_text(encoding="utf-8"))
+    names = {concept["name"] for concept in concepts}
+    for prompt in (*report.PROMPTS, *demo.PROMPTS):
+        assert report.concept_of(prompt) in names
