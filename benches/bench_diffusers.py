@@ -32,6 +32,10 @@ Candidate = Callable[[], AbstractContextManager[Any]]
 LATENTS = 64  # of 512 px
 
 
+class Pipe(SimpleNamespace):
+    """What load_vmix asks of a pipeline, without text encoders and VAE."""
+
+
 @contextmanager
 def vmix(pipe: Any, adapter: Adapter) -> Iterator[None]:
     load_vmix(pipe, adapter)
@@ -81,7 +85,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
 
-    pipe = SimpleNamespace(_guidance_scale=7.5, unet=tiny.sd15_unet())
+    pipe = Pipe(_guidance_scale=7.5, unet=tiny.sd15_unet())
     unet = pipe.unet
     tensors, metadata = tiny.adapter(unet, base="sd15")
     adapter = Adapter.from_tensors(tensors, metadata)
@@ -122,7 +126,7 @@ def main() -> None:
     extra = dict.fromkeys(candidates, 0)
     with vmix(pipe, adapter):
         mixes = [mix for layer in unet._vmix.layers.values() for mix in layer.mixes.values()]
-        extra["VMix (load_vmix)"] = tensor_bytes(mix.cond for mix in mixes)
+        extra["VMix (load_vmix)"] = tensor_bytes(t for m in mixes for t in (m.cond, m.values[0]))
     extra["two branches"] = tensor_bytes(v for k, v in tensors.items() if "to_v_aes" in k)
     with ip_adapter(pipe):
         processors = (p for name, p in unet.attn_processors.items() if "attn2" in name)
@@ -146,7 +150,8 @@ def main() -> None:
     vanilla = [f"{statistics.median(t['vanilla']):.2f} s" for t in (in_layers, in_unet) if t]
     print(
         f"\nvanilla: {', '.join(vanilla)}; repeats: {arguments.layer_repeats} and "
-        f"{arguments.unet_repeats}. VMix keeps V_a for one selection, two branches keep W_Va."
+        f"{arguments.unet_repeats}. "
+        "VMix keeps V_a of one selection, as it is and times λ; two branches keep W_Va."
     )
 
 

@@ -349,7 +349,8 @@ fn read_layers(file: &File, base: Base, value_weights: ValueWeights) -> Result<L
     if layers.is_empty() {
         return Err(file.meta_error("vmix.ldm_names", "at least one layer", "none"));
     }
-    Ok(Layers::sorted(layers))
+    Layers::sorted(layers)
+        .map_err(|found| file.meta_error("vmix.ldm_names", "a name of its own per layer", found))
 }
 
 /// Numbers that f_a and V_a of all layers may have together: 40 times those of SDXL.

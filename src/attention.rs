@@ -42,6 +42,10 @@ pub fn attention(
             return Err(Error::argument(argument, expected, shape_of(tensor)));
         }
     }
+    if batch == 0 || queries == 0 {
+        let expected = "at least one row and one query";
+        return Err(Error::argument("query", expected, shape_of(query)));
+    }
     if heads == 0 || width == 0 || width % heads != 0 {
         let expected = format!("a divisor of the query's width {width}");
         return Err(Error::argument("heads", expected, heads.to_string()));

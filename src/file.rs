@@ -1,6 +1,6 @@
 //! safetensors files, mapped or in memory; nothing in them is believed before it was checked.
 
-use std::{collections::BTreeMap, fs, io::Write, ops::Range, path::Path, sync::OnceLock};
+use std::{collections::BTreeMap, fs, io, io::Write, ops::Range, path::Path, sync::OnceLock};
 
 use memmap2::Mmap;
 use safetensors::SafeTensors;
@@ -47,6 +47,9 @@ impl File {
             source,
         };
         let file = fs::File::open(path).map_err(io_error)?;
+        if file.metadata().map_err(io_error)?.is_dir() {
+            return Err(io_error(io::ErrorKind::IsADirectory.into()));
+        }
         // SAFETY: a mapping is sound as long as nobody truncates or rewrites the file in place
         // while it is open. Like every safetensors reader we rely on that; our own writer replaces
         // files by renaming, which leaves existing mappings intact.

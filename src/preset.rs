@@ -108,12 +108,8 @@ impl Values {
             };
             layers.get(layer).is_ok_and(|known| known.name == layer)
         })?;
-        let inherited = file
-            .metadata()
-            .iter()
-            .filter(|(key, _)| key.starts_with("modelspec.") || *key == "vmix.trained")
-            .map(|(key, value)| (key.clone(), value.clone()))
-            .collect();
+        // All of it, keys of a later version too: writing replaces those that are known.
+        let inherited = file.metadata().clone();
         let origin = Origin::Hash(origin);
         Ok(Self::new(
             common, layers, weights, origin, inherited, tensors,
@@ -152,7 +148,8 @@ fn read_layers(file: &File, base: Base) -> Result<Layers> {
             })
         })
         .collect::<Result<_>>()?;
-    Ok(Layers::sorted(layers))
+    Layers::sorted(layers)
+        .map_err(|found| file.meta_error("vmix.ldm_names", "a name of its own per layer", found))
 }
 
 /// The weights of the selection, which must name exactly the labels.

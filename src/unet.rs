@@ -179,9 +179,21 @@ impl Layers {
     }
 
     /// Layers of a U-Net without a table, in the order in which the U-Net runs them.
-    pub(crate) fn sorted(mut layers: Vec<Layer>) -> Self {
+    /// A file may give two layers one name; the error says which.
+    pub(crate) fn sorted(mut layers: Vec<Layer>) -> Result<Self, String> {
         layers.sort_by_cached_key(|layer| execution_order(&layer.name));
-        Self::new(layers)
+        let layers = Self::new(layers);
+        for (index, layer) in layers.layers.iter().enumerate() {
+            for name in [Some(&layer.name), layer.ldm_name.as_ref()]
+                .into_iter()
+                .flatten()
+            {
+                if layers.by_name[name] != index {
+                    return Err(format!("`{name}` for two layers"));
+                }
+            }
+        }
+        Ok(layers)
     }
 
     /// Position of the layer with this diffusers or LDM name.
@@ -292,7 +304,7 @@ mod tests {
             let table = base.layers().unwrap();
             let mut shuffled = table.to_vec();
             shuffled.reverse();
-            assert_eq!(&*Layers::sorted(shuffled), &*table);
+            assert_eq!(&*Layers::sorted(shuffled).unwrap(), &*table);
         }
     }
 }

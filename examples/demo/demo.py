@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import matplotlib
 import numpy as np
 import torch
 import transformers
@@ -127,7 +128,8 @@ def draw_grid(
     height = TOP + len(rows) * (CELL + GAP) - GAP + EDGE
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    strong, plain = ImageFont.load_default(size=15), ImageFont.load_default(size=13)
+    font = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))  # it has a λ
+    strong, plain = ImageFont.truetype(font, 13), ImageFont.truetype(font, 11)
     for x, (title, subtitle, images) in zip(starts, columns, strict=True):
         middle = x + CELL / 2
         draw.text((middle, TOP - 36), title, INK, strong, anchor="mm")

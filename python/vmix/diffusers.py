@@ -24,6 +24,7 @@ import math
 import os
 import weakref
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -68,10 +69,16 @@ def load_vmix(
         adapter_name: several names add up. A name that is already loaded is replaced: loading
             again is how the labels are changed.
         start, end: the part of `scheduler.timesteps` in which the adapter acts, as fractions;
-            step i of n is inside if start ≤ i/n and (i+1)/n ≤ end, as ControlNet counts.
+            step i of n is inside if start ≤ i/n and (i+1)/n ≤ end, as ControlNet counts. It is
+            the whole schedule also where img2img begins in its middle; of equal timesteps, which
+            PNDM has, the first counts.
 
     Where the file says that the base's own value weights are used, V_a is computed from them, and
     from active LoRAs, as they are now: load again after they changed.
+
+    Pipelines that share the U-Net (`from_pipe`) share its adapters, but only one of them is asked
+    whether guidance is on: the one last given here or to `set_vmix_scale`. Call either before
+    another one runs, or load with apply_to="both".
     """
     unet = _unet(pipe)
     source = _open(adapter_or_preset, selection)
@@ -88,7 +95,7 @@ def load_vmix(
     scales = _scales(scale, attns)
     state: _State = getattr(unet, "_vmix", None) or _State()
     adapter = _Adapter(source.context_tokens, policy, start, end)
-    values = _values(source, selection, policy, attns, state)
+    values = _values(source, selection, policy, attns, state, unet.dtype)
     mixes = {
         path: _Mix(path, pair, scales[path], adapter, _linear(attns[path]).weight)
         for path, pair in values.items()
@@ -443,11 +450,12 @@ def _values(
     apply_to: str,
     attns: Mapping[str, Any],
     state: _State,
+    dtype: torch.dtype,
 ) -> dict[str, _Pair]:
     """V_a of every layer (eq. 7), [C, inner_dim] for the two passes; uncond only for contrast."""
     if isinstance(source, Adapter):
         if source.value_weights == "base":
-            return _base_values(source, selection, apply_to, attns, state)
+            return _base_values(source, selection, apply_to, attns, state, dtype)
         source = source.values(selection, apply_to=apply_to)  # type: ignore[arg-type]
     values: dict[str, _Pair] = {}
     for path in attns:
@@ -465,7 +473,12 @@ def _values(
 
 
 def _base_values(
-    adapter: Adapter, selection: Selection, apply_to: str, attns: Mapping[str, Any], state: _State
+    adapter: Adapter,
+    selection: Selection,
+    apply_to: str,
+    attns: Mapping[str, Any],
+    state: _State,
+    dtype: torch.dtype,
 ) -> dict[str, _Pair]:
     """V_a = f_a·W_Vᵀ with the base's own W_V, LoRAs included."""
     f_a = from_dlpack(adapter.project(selection))  # eq. 6, [C, d]
@@ -482,7 +495,12 @@ def _base_values(
         with torch.no_grad():
             for path, attn in attns.items():
                 weight = _linear(attn).weight
-                v_a = attn.to_v(f_a.to(weight.device, weight.dtype)).to("cpu", torch.float32)
+                # Offloaded weights are on "meta" and come to where their hook sends the input;
+                # those kept in 8 bits or fewer are computed with in the U-Net's dtype.
+                device = torch.device("cpu") if weight.is_meta else weight.device
+                own = weight.is_floating_point() and weight.dtype.itemsize > 1
+                v_a = attn.to_v(f_a.to(device, weight.dtype if own else dtype))
+                v_a = v_a.to("cpu", torch.float32)
                 cond, *uncond = v_a.split(adapter.context_tokens)
                 values[path] = (cond, uncond[0] if uncond else None)
     finally:
@@ -528,6 +546,6 @@ def _check_keys(name: str, given: Mapping[str, Any], known: Mapping[str, Any]) -
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise VMixError(f"{name}: expected a finite number, found {value!r}")
     return float(value)

@@ -345,6 +345,46 @@ def test_value_weights_of_the_base(projection: str, with_lora: bool) -> None:
     assert difference(tiny.run(pipe), want) < 1e-5
 
 
+def of_base_weights(unet: Any) -> Adapter:
+    tensors, metadata = tiny.adapter(unet)
+    paths = [key.removesuffix(".to_v_aes.weight") for key in tensors if "to_v_aes" in key]
+    widths = {path: unet.get_submodule(path).to_v.out_features for path in paths}
+    metadata |= {"vmix.value_weights": "base", "vmix.inner_dims": json.dumps(widths)}
+    return Adapter.from_tensors({k: v for k, v in tensors.items() if "to_v" not in k}, metadata)
+
+
+def test_value_weights_of_an_offloaded_base() -> None:
+    from accelerate import cpu_offload
+    from accelerate.hooks import remove_hook_from_module
+
+    pipe = tiny.pipeline()
+    adapter = of_base_weights(pipe.unet)
+    load_vmix(pipe, adapter)
+    want = tiny.run(pipe)
+    unload_vmix(pipe)
+    cpu_offload(pipe.unet, torch.device("cpu"))
+    assert next(pipe.unet.parameters()).is_meta
+    load_vmix(pipe, adapter)
+    remove_hook_from_module(pipe.unet, recurse=True)  # the pipeline itself was not offloaded
+    assert torch.equal(tiny.run(pipe), want)
+
+
+def test_value_weights_of_a_base_in_8_bits() -> None:
+    pipe = tiny.pipeline()
+    adapter = of_base_weights(pipe.unet)
+    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    bare = tiny.run(pipe)
+    load_vmix(pipe, adapter)
+    mixed = tiny.run(pipe)
+    assert mixed.isfinite().all()
+    assert difference(mixed, bare) > 1e-3
+    # The same weights, rounded to 8 bits, in a plain f32 U-Net.
+    plain = tiny.pipeline()
+    plain.unet.load_state_dict({k: v.float() for k, v in pipe.unet.state_dict().items()})
+    load_vmix(plain, adapter)
+    assert difference(tiny.run(plain), mixed) < 1e-5
+
+
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("first", ["vmix", "compile"])
 def test_compiled(first: str, in_place: bool) -> None:

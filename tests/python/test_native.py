@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 import vmix
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 LABELS = ["vibrant color", "sharp focus"]
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -239,6 +241,7 @@ def test_tensors_come_in_strided_and_from_numpy() -> None:
         (np.ones((1, 2, 4)), vmix.VMixError, "float32, float16, bfloat16, found float64"),
         (torch.ones(1, 2, 4, device="meta"), vmix.VMixError, "on the CPU.*found.*meta"),
         (torch.ones(1, 2, 4).to_sparse(), vmix.VMixError, "query: expected"),
+        (torch.ones(1, 0, 4), vmix.VMixError, "query: expected at least one row and one query"),
         (torch.ones(2, 4), vmix.VMixError, r"query: expected shape .*found shape \[2, 4\]"),
         ([[1.0]], TypeError, "query: expected a tensor .* found list"),
         (None, TypeError, "found NoneType"),
@@ -268,7 +271,23 @@ def test_selections_that_are_refused(
         adapter.values(selection)
 
 
+def test_presets_keep_metadata_that_is_not_ours(
+    adapter: vmix.Adapter, tmp_path: pathlib.Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    adapter.values().save(first)
+    tensors = load_file(first)
+    with safe_open(first, framework="pt") as file:
+        metadata = {**file.metadata(), "my.note": "kept"}
+    save_file(tensors, first, metadata)
+    vmix.Values.open(first).save(second)
+    with safe_open(second, framework="pt") as file:
+        assert file.metadata() == metadata
+
+
 def test_other_refusals(adapter: vmix.Adapter, tmp_path: pathlib.Path) -> None:
+    with pytest.raises(vmix.VMixError, match=r"directory"):
+        vmix.open(tmp_path)
     with pytest.raises(vmix.VMixError, match=r"absent.*No such file"):
         vmix.open(tmp_path / "absent")
     with pytest.raises(vmix.VMixError, match="not a safetensors file"):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import string
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,9 +17,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from vmix import unet_layers
 from vmix.train.base import Base
-from vmix.train.data import Batches, LabelSpec, Pixels, TrainingError, read_examples, read_labels
+from vmix.train.data import (
+    Batches,
+    Example,
+    LabelSpec,
+    Pixels,
+    TrainingError,
+    read_examples,
+    read_labels,
+)
 from vmix.train.export import base_kind
-from vmix.train.loop import main, parse_args, train
+from vmix.train.loop import denoising_loss, main, parse_args, train
 from vmix.train.model import Denoiser, ValueBranch, cross_attention
 
 LABELS = """
@@ -409,6 +419,63 @@ def test_labels_are_checked(data: Path) -> None:
         read_labels(path)
 
 
+@pytest.mark.parametrize("line", ['name = "all"', 'name = "sharp focus"\ndefault = "0.5"'])
+def test_labels_that_no_file_can_hold_stop_it_before_the_first_step(
+    pipeline: Path, data: Path, tmp_path: Path, line: str
+) -> None:
+    labels = LABELS.replace("default = 0.5\n", "").replace('name = "sharp focus"', line)
+    (data / "labels.toml").write_text(labels, encoding="utf-8")
+    listing = (data / "metadata.jsonl").read_text()
+    (data / "metadata.jsonl").write_text(listing.replace("sharp focus", line.split('"')[1]))
+    with pytest.raises(SystemExit, match="this adapter cannot be written"):
+        run(pipeline, data, tmp_path / "out", "--checkpointing_steps=1")
+    assert not (tmp_path / "out").exists()
+
+
+def test_checkpoints_are_checked(pipeline: Path, data: Path, tmp_path: Path) -> None:
+    out = run(pipeline, data, tmp_path / "out", "--rank=2", "--checkpointing_steps=2")
+    (out / "checkpoint-3.part").mkdir()  # as an interruption leaves it
+    run(pipeline, data, out, "--rank=2", "--resume_from_checkpoint=latest")
+    for more, message in (
+        (["--rank=4", "--resume_from_checkpoint=latest"], "made with other settings"),
+        (["--rank=2", f"--resume_from_checkpoint={tmp_path}"], "checkpoint-<step>"),
+        (["--checkpointing_steps=0"], "--checkpointing_steps 0 is not positive"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(pipeline, data, out, *more)
+
+
+def test_a_base_whose_config_asks_for_half_precision(data: Path, tmp_path: Path) -> None:
+    pipeline = _pipeline(tmp_path / "base", "epsilon")
+    config = pipeline / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float16"}))
+    assert (run(pipeline, data, tmp_path / "out") / "vmix.safetensors").exists()
+
+
+def test_timesteps_stay_in_range(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float32 the last 1/count of the range may round up to its end."""
+    base = Base(str(pipeline), torch.device("cpu"), torch.float32)
+    seen = []
+
+    def model(_: Any, timesteps: torch.Tensor, *__: Any) -> torch.Tensor:
+        seen.append(timesteps)
+        return torch.zeros(8, 4, 8, 8)
+
+    inputs = SimpleNamespace(
+        moments=lambda *_: torch.zeros(8, 8, 8, 8),
+        text=lambda *_: (torch.zeros(8, TOKENS, 32), None),
+        labels=lambda _: torch.zeros(8, 2, 32),
+        resolution=SIDE,
+    )
+    args = argparse.Namespace(text_dropout=0.0, apply_to="both")
+    almost_one = torch.tensor(1.0).nextafter(torch.tensor(0.0))
+    monkeypatch.setattr(torch, "rand", lambda count, **_: almost_one.expand(count))
+    batch = (torch.arange(8), torch.empty(0))
+    any_inputs: Any = inputs
+    denoising_loss(base, cast(Any, model), any_inputs, batch, torch.Generator(), args)
+    assert seen[0].max() == 999
+
+
 def test_arguments_are_checked(pipeline: Path, data: Path, tmp_path: Path) -> None:
     args = ["--pretrained_model_name_or_path=x", f"--train_data_dir={data}", "--output_dir=y"]
     with pytest.raises(TrainingError, match="nothing to train"):
@@ -435,6 +502,32 @@ def test_batches_see_every_image_once_an_epoch_and_resume_anywhere() -> None:
     assert take(4, 2, 0, 1) == take(6, 0, 0, 1)[2:]
     first, second = take(3, 0, 0, 2), take(3, 0, 1, 2)
     assert [b for pair in zip(first, second, strict=True) for b in pair] == take(6, 0, 0, 1)
+
+
+def test_pixels_are_what_a_viewer_shows(tmp_path: Path) -> None:
+    turned = Image.new("RGB", (SIDE, SIDE), "white")
+    turned.paste("black", (0, 0, SIDE, SIDE // 2))  # the upper half, stored on its side
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned.save(tmp_path / "turned.png", exif=exif)
+    Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    examples = [Example(tmp_path / name, "x", ()) for name in ("turned.png", "clear.png")]
+    pixels = Pixels(examples, SIDE)[0][1]
+    assert (pixels[:, :, SIDE // 2 :] == -1).all()  # EXIF 6: a quarter turn to the right
+    assert (pixels[:, :, : SIDE // 2] == 1).all()
+    assert (Pixels(examples, SIDE)[1][1] == 1).all(), "transparent is white"
+
+
+def test_captions_may_hold_any_character(data: Path) -> None:
+    line = json.dumps(
+        {"file_name": "1.png", "text": "one\u2028two", "aesthetics": {}}, ensure_ascii=False
+    )
+    with (data / "metadata.jsonl").open("a", encoding="utf-8") as listing:
+        listing.write(line.replace("{}", '{"sharp focus": 1}') + "\n")
+        listing.write(line.replace('"one\u2028two"', "null").replace("{}", '{"sharp focus": 1}'))
+    with pytest.raises(TrainingError) as error:
+        read_examples(data, read_labels(data / "labels.toml"))
+    assert str(error.value).split(":\n")[1].strip() == f"line {COUNT + 2}: text is not a string"
 
 
 def test_pixels_are_cropped_at_the_centre(data: Path) -> None:

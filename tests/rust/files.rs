@@ -171,6 +171,14 @@ fn wrong_files_are_refused_by_name() {
         ),
         (
             |p| {
+                let names = &p.metadata["vmix.ldm_names"];
+                let names = names.replace("output_blocks.0.1", "input_blocks.1.1");
+                p.set("vmix.ldm_names", &names);
+            },
+            "expected a name of its own per layer, found `input_blocks.1.1.transformer_blocks",
+        ),
+        (
+            |p| {
                 let weight = "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v_aes.weight";
                 p.tensors.remove(weight);
             },

@@ -157,7 +157,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # the pictures are too small to share out
     args.out.mkdir(parents=True, exist_ok=True)
-    with (args.out / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+    listing = args.out / "metadata.jsonl"  # there when the folder is complete
+    with listing.with_suffix(".part").open("w", encoding="utf-8") as lines:
         for number, sample in enumerate(draw_many(args.cache, args.count, args.seed)):
             name = f"{number:05d}.png"
             Image.fromarray(sample.image.permute(1, 2, 0).numpy()).save(args.out / name)
@@ -169,6 +170,7 @@ def main() -> None:
                 "concept": sample.concept,
             }
             lines.write(json.dumps(row) + "\n")
+    listing.with_suffix(".part").replace(listing)
 
 
 if __name__ == "__main__":

@@ -39,11 +39,10 @@ class Base:
             getattr(self.pipe, "text_encoder_2", None),
             self.unet,
         ):
-            if module is not None:
-                module.requires_grad_(False).eval().to(device)
-                if dtype != torch.float32:
-                    module.to(dtype)
-        self.pipe.vae.requires_grad_(False).eval().to(device)  # float32: SDXL's overflows in half
+            if module is not None:  # its own config may ask for half precision
+                module.requires_grad_(False).eval().to(device, dtype)
+        # float32 in any case: SDXL's overflows in half
+        self.pipe.vae.requires_grad_(False).eval().to(device, torch.float32)
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> tuple[Tensor, Tensor]:

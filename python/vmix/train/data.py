@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 if sys.version_info >= (3, 11):
@@ -86,7 +86,8 @@ def read_examples(folder: Path, labels: Sequence[LabelSpec]) -> list[Example]:
         raise TrainingError(f"{listing} does not exist; docs/training.md describes the format")
     names = [label.name for label in labels]
     examples, problems = [], []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): JSON strings may hold other characters that it takes for line ends.
+    for number, line in enumerate(listing.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -94,6 +95,9 @@ def read_examples(folder: Path, labels: Sequence[LabelSpec]) -> list[Example]:
             image, caption = folder / entry["file_name"], entry["text"]
         except (ValueError, KeyError, TypeError) as error:
             problems.append(f"line {number}: {type(error).__name__}: {error}")
+            continue
+        if not isinstance(caption, str):
+            problems.append(f"line {number}: text is not a string")
             continue
         aesthetics = entry.get("aesthetics", {})
         if not isinstance(aesthetics, dict):
@@ -120,7 +124,7 @@ def read_examples(folder: Path, labels: Sequence[LabelSpec]) -> list[Example]:
 
 
 class Pixels(torch.utils.data.Dataset[tuple[int, Tensor]]):
-    """Images as tensors in -1..1: shorter side to the resolution, centre crop."""
+    """Images as tensors in -1..1: on white, shorter side to the resolution, centre crop."""
 
     def __init__(self, examples: Sequence[Example], resolution: int) -> None:
         self.examples = examples
@@ -131,7 +135,12 @@ class Pixels(torch.utils.data.Dataset[tuple[int, Tensor]]):
 
     def __getitem__(self, index: int) -> tuple[int, Tensor]:
         with Image.open(self.examples[index].image) as file:
-            image = file.convert("RGB")
+            image = ImageOps.exif_transpose(file)  # as viewers show it
+        if image.has_transparency_data:
+            image = Image.alpha_composite(
+                Image.new("RGBA", image.size, "white"), image.convert("RGBA")
+            )
+        image = image.convert("RGB")
         side = self.resolution
         scale = side / min(image.size)
         width, height = (max(side, round(length * scale)) for length in image.size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vmix import Adapter, VMixError
 from vmix.train.base import Base
 from vmix.train.data import (
     Batches,
@@ -96,7 +98,10 @@ def check_args(args: argparse.Namespace) -> None:
         problems.append("--labels is missing")
     if not 0 <= args.text_dropout < 1:
         problems.append(f"--text_dropout {args.text_dropout} is not a share below 1")
-    for key in ("train_batch_size", "gradient_accumulation_steps", "max_train_steps"):
+    for key in (
+        *("train_batch_size", "gradient_accumulation_steps"),
+        *("max_train_steps", "checkpointing_steps"),
+    ):
         if getattr(args, key) < 1:
             problems.append(f"--{key} {getattr(args, key)} is not positive")
     complain("arguments", problems)
@@ -166,7 +171,8 @@ def denoising_loss(
     noise = torch.randn(shape, generator=random).to(latents)
     # One timestep from each 1/count of the range: uniform as ever, with less variance of the loss.
     places = (torch.arange(count) + torch.rand(count, generator=random)) / count
-    timesteps = (places * scheduler.config.num_train_timesteps).long().to(base.device)
+    last = scheduler.config.num_train_timesteps - 1
+    timesteps = (places * (last + 1)).long().clamp(max=last).to(base.device)  # 1 - 2⁻²⁴ rounds up
     context, pooled = inputs.text(indices.tolist(), dropped)
     mixed = ~dropped if args.apply_to == "cond" else torch.ones_like(dropped)
     prediction: Tensor = model(
@@ -257,6 +263,9 @@ def train(args: argparse.Namespace) -> None:
         inputs.keep(pixels, bar)
     accumulation = args.gradient_accumulation_steps
     world, rank = accelerator.num_processes, accelerator.process_index
+    batch_size = args.train_batch_size * accumulation * world
+    if branch is not None:  # what the file's writer refuses, it refuses now and not after days
+        make_adapter(args, base, branch, inputs, labels, rate, batch_size)
     loader = torch.utils.data.DataLoader(
         Indices() if args.cache_latents else pixels,
         batch_sampler=Batches(
@@ -295,21 +304,21 @@ def train(args: argparse.Namespace) -> None:
             progress.set_postfix(loss=f"{average:.4f}", lr=f"{schedule.get_last_lr()[0]:.1e}")
             accelerator.log({"train_loss": loss.item(), "lr": schedule.get_last_lr()[0]}, step=done)
             if done % args.checkpointing_steps == 0 and done < args.max_train_steps:
-                accelerator.save_state(str(args.output_dir / f"checkpoint-{done}"))
+                save_checkpoint(accelerator, args.output_dir / f"checkpoint-{done}")
     progress.close()
     accelerator.wait_for_everyone()
 
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         if branch is not None:
-            batch_size = args.train_batch_size * accumulation * world
-            save_adapter(args, base, branch, inputs, labels, rate, batch_size)
+            adapter = make_adapter(args, base, branch, inputs, labels, rate, batch_size)
+            adapter.save(args.output_dir / f"{args.name}.safetensors")
         if args.rank:
             save_lora(base, args.output_dir, DTYPES[args.dtype])
     accelerator.end_training()
 
 
-def save_adapter(
+def make_adapter(
     args: argparse.Namespace,
     base: Base,
     branch: ValueBranch,
@@ -317,10 +326,8 @@ def save_adapter(
     labels: Sequence[LabelSpec],
     rate: float,
     batch_size: int,
-) -> None:
-    """Write `<name>.safetensors` through the library's own writer, which checks it."""
-    from vmix import Adapter
-
+) -> Adapter:
+    """The adapter as it is now, made and checked by the library that will read it."""
     trained = {
         "objective": "denoising",
         "prediction_type": base.scheduler.config.prediction_type,
@@ -339,7 +346,10 @@ def save_adapter(
     tensors, metadata = adapter_file(
         branch, inputs.aes_emb, labels, per_block, args.apply_to, trained, spec, DTYPES[args.dtype]
     )
-    Adapter.from_tensors(tensors, metadata).save(args.output_dir / f"{args.name}.safetensors")
+    try:
+        return Adapter.from_tensors(tensors, metadata)
+    except VMixError as error:
+        raise TrainingError(f"this adapter cannot be written: {error}") from error
 
 
 def keep_only_trained(accelerator: Accelerator, denoiser: Denoiser) -> None:
@@ -357,7 +367,8 @@ def keep_only_trained(accelerator: Accelerator, denoiser: Denoiser) -> None:
         models.clear()
         tensors = load_file(Path(folder) / "trained.safetensors")
         trained = denoiser.trained()
-        if set(tensors) != set(trained):
+        shapes = ({name: t.shape for name, t in part.items()} for part in (tensors, trained))
+        if next(shapes) != next(shapes):
             raise TrainingError(f"{folder}: made with other settings (labels, rank or base model)")
         with torch.no_grad():
             for name, parameter in trained.items():
@@ -367,23 +378,38 @@ def keep_only_trained(accelerator: Accelerator, denoiser: Denoiser) -> None:
     accelerator.register_load_state_pre_hook(load)
 
 
+def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
+    """Written under another name first, so that "latest" never finds half of one."""
+    part = folder.with_suffix(".part")
+    accelerator.save_state(str(part))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
+        part.replace(folder)
+    accelerator.wait_for_everyone()
+
+
 def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
     """Load the checkpoint that was asked for; the number of steps that are already done."""
     if not args.resume_from_checkpoint:
         return 0
     folder = Path(args.resume_from_checkpoint)
     if args.resume_from_checkpoint == "latest":
-        found = sorted(
-            args.output_dir.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])
-        )
+        found = sorted(filter(step_of, args.output_dir.glob("checkpoint-*")), key=step_of)
         if not found:
             accelerator.print(f"no checkpoint in {args.output_dir}, starting at step 0")
             return 0
         folder = found[-1]
-    elif not folder.is_dir():
-        raise TrainingError(f"no such checkpoint: {folder}")
+    if not folder.is_dir() or not step_of(folder):
+        raise TrainingError(f"no checkpoint, which is a folder checkpoint-<step>: {folder}")
     accelerator.load_state(str(folder))
-    return int(folder.name.split("-")[1])
+    return step_of(folder)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The N of `checkpoint-N`; 0 for other names."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else 0
 
 
 def main(argv: Sequence[str] | None = None) -> None:
