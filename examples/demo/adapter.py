@@ -27,14 +27,14 @@ COMMON = [
     "--author=vmix-adapter contributors",
     "--seed=0",
 ]
-VMIX = ["--learning_rate=2e-3", "--max_train_steps=400"]
+VMIX = ["--learning_rate=1e-2", "--max_train_steps=1000"]
 LORA = ["--rank=4", "--lora_learning_rate=2e-4"]
 RUNS = {
-    "adapter": [*VMIX, "--apply_to=both", "--title=VMix demo adapter"],
+    "adapter": [*VMIX, "--apply_to=cond", "--title=VMix demo adapter"],
     # For the report: the other way to train the unconditional pass, and the paper's table 3.
-    "ablation/cond": [*VMIX, "--apply_to=cond", "--title=VMix demo adapter, cond"],
-    "ablation/joint": [*VMIX, *LORA, "--apply_to=both"],
-    "ablation/only": [*LORA, "--learning_rate=2e-4", "--max_train_steps=400", "--no_vmix"],
+    "ablation/both": [*VMIX, "--apply_to=both", "--title=VMix demo adapter, both"],
+    "ablation/joint": [*VMIX, *LORA, "--apply_to=cond"],
+    "ablation/only": [*LORA, "--learning_rate=2e-4", "--max_train_steps=1000", "--no_vmix"],
 }
 
 
