@@ -1,6 +1,6 @@
 //! The metadata that adapters and presets share, and its named values (`docs/format.md`).
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 
 use crate::{Base, Error, Labels, Result, file::File};
 
@@ -195,7 +195,7 @@ pub(crate) fn layer_map<T: serde::de::DeserializeOwned>(
     file: &File,
     key: &str,
     expected: &str,
-) -> Result<HashMap<String, T>> {
+) -> Result<BTreeMap<String, T>> {
     let json = file.meta(key, expected)?;
     serde_json::from_str(json)
         .map_err(|e: serde_json::Error| -> Error { file.meta_error(key, expected, e.to_string()) })

@@ -1,10 +1,6 @@
 //! Presets: the values of one selection as a file.
 
-use std::{
-    collections::{BTreeMap, HashMap},
-    path::Path,
-    sync::Arc,
-};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use crate::{
     Adapter, ApplyTo, Base, DType, Kind, Layer, Layers, Result, Selection, Values,
@@ -122,7 +118,7 @@ fn read_layers(file: &File, base: Base) -> Result<Layers> {
     if let Some(layers) = base.layers() {
         return Ok(layers);
     }
-    let ldm_names: HashMap<String, String> = layer_map(
+    let ldm_names: BTreeMap<String, String> = layer_map(
         file,
         "vmix.ldm_names",
         "a JSON object of the LDM name of every layer, by diffusers name",
@@ -156,7 +152,7 @@ fn read_layers(file: &File, base: Base) -> Result<Layers> {
 fn read_weights(file: &File, common: &Common) -> Result<Vec<f32>> {
     const KEY: &str = "vmix.selection";
     let expected = "a JSON object of the finite weight of every label";
-    let selection: BTreeMap<String, f32> = layer_map(file, KEY, expected)?.into_iter().collect();
+    let selection: BTreeMap<String, f32> = layer_map(file, KEY, expected)?;
     if selection.len() != common.labels.len() {
         let found = format!("{} of {} labels", selection.len(), common.labels.len());
         return Err(file.meta_error(KEY, expected, found));

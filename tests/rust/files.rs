@@ -175,7 +175,7 @@ fn wrong_files_are_refused_by_name() {
                 let names = names.replace("output_blocks.0.1", "input_blocks.1.1");
                 p.set("vmix.ldm_names", &names);
             },
-            "expected a name of its own per layer, found `input_blocks.1.1.transformer_blocks",
+            "metadata `vmix.ldm_names`: expected a name of its own per layer, found `input_blocks.1.1.transformer_blocks",
         ),
         (
             |p| {
