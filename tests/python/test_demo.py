@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vmix.train.data import read_labels
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 sys.path[:0] = [str(DEMO), str(DEMO / "base")]
@@ -22,7 +23,6 @@ report: Any = import_module("report")
 
 def test_labels_are_the_ones_that_are_drawn() -> None:
     from transforms import LABELS
-    from vmix.train.data import read_labels
 
     labels = read_labels(DEMO / "labels.toml")
     assert [label.name for label in labels] == list(LABELS)
@@ -122,6 +122,22 @@ def test_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     demo.main()
     with Image.open(tmp_path / "grid.png") as image:
         assert image.width > image.height
+
+
+@pytest.mark.slow  # and it downloads the emoji packages
+def test_report_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (demo, report):
+        monkeypatch.setattr(module, "STEPS", 2)
+    monkeypatch.setattr(report, "SCALES", (0.0, 1.0))
+    monkeypatch.setattr(import_module("objects"), "EPOCHS", 1)
+    monkeypatch.setattr(sys, "argv", ["report.py", "--pairs=2", f"--out={tmp_path}"])
+    report.main()
+    found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert found["identical"] == {"scale 0": True, "after unloading": True}
+    assert list(found["labels"]) == [label.name for label in read_labels(DEMO / "labels.toml")]
+    assert "bit for bit: yes" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert pictures == {"grid.png", "labels.png", "strength.png", "attention.png"}
 
 
 def test_prompts_name_what_the_base_model_has_seen() -> None:
