@@ -450,11 +450,11 @@ SIGNS = ("positive", "negative")
 NOTES = {
     "labels": """\
 Three of four labels do what they say. **Sharp focus does nothing**, and slightly the wrong way:
-the base has hardly any sharpness to choose from. Its own pictures measure 0.125, drawn all-
-negative ones 0.104 and drawn all-positive ones 0.457: what a U-Net of this size leaves out first
-is edges, whatever the label asks for. Labels are not independent of each other either: every
-positive label moves the object towards the centre and makes it easier to recognise, because all-
-negative pictures are so far gone (see the unconditional pass).""",
+the base has hardly any sharpness to choose from. Its own pictures measure 0.125, drawn
+all-negative ones 0.104 and drawn all-positive ones 0.457: what a U-Net of this size leaves out
+first is edges, whatever the label asks for. Labels are not independent of each other either:
+lighting, colour and above all composition also make the object easier to recognise and move it
+towards the centre, because all-negative pictures are so far gone (see the unconditional pass).""",
     "strength": """\
 Most of the effect is there at λ = 0.25, and beyond 1 there is little left to gain. Fidelity stays
 within its interval of the base's throughout; the loss of objects at λ = 2 is what one would
@@ -463,8 +463,8 @@ itself, so that all-positive changes nothing there.""",
     "attention": """\
 At λ = 1 the maps correlate at 0.96 with the base's, although the pictures differ clearly; they
 are not equal because later layers and steps see what earlier ones have changed. The same f_a
-added to the text's features, which the paper rejects, takes the maps apart (0.54) for about the
-same change of the picture.""",
+added to the text's features, which the paper rejects, takes the maps apart (0.54), for no more
+change of the picture than VMix makes at λ = 2, where the maps still correlate at 0.93.""",
     "unconditional": """\
 The default is `cond`: with all labels positive it keeps colour and object as well as the others,
 within the intervals, and lighting and composition follow it most. The price is at the other end:
@@ -536,7 +536,7 @@ def text(r: Mapping[str, Any]) -> str:
 Written by `make demo-report` from [report.json](report.json): {settings["pairs"]} prompt-seed
 pairs that nothing was tuned on, {settings["steps"]} DDIM steps, guidance {settings["guidance"]:g},
 strength 1 unless said otherwise. Square brackets are 95 % bootstrap intervals over pairs. The model
-is very small (64 px, 4 M parameters) and its labels are four drawn looks, so this shows that the
+is very small (64 px, 5.5 M parameters) and its labels are four drawn looks, so this shows that the
 method and this implementation work, not how a real photograph would improve.
 
 ![Eight prompts without VMix, with all labels positive, single labels, and all negative](grid.png)
@@ -551,7 +551,7 @@ and of those in which a small classifier, blind to colour, size and place, sees 
 among {len(settings["concepts"])} (*{OBJECT}*). On drawn pictures, which are right by
 construction, the first finds {real["colour ceiling"]:.3f} and the second
 {objects["all looks"]:.3f} (the same drawings as it was fitted to, in other hues, looks and places):
-their ceilings.
+what to compare the pictures below with.
 
 ## Labels one by one
 

@@ -62,12 +62,15 @@ def load_vmix(
     Args:
         pipe: a pipeline with a `UNet2DConditionModel`; compiled, offloaded or with LoRAs is fine.
         adapter_or_preset: a file, an `Adapter` or the `Values` of one selection.
-        selection: the labels, for an adapter; its default weights if None.
+        selection: the labels, for an adapter: a name, a list of names, a dictionary of weights,
+            "all" or "none"; its default weights if None. **A label that is left out is negative**
+            (weight 0), which is a look of its own and not the absence of one.
         scale: λ of eq. 9; a number or a dictionary per block, see `set_vmix_scale`.
         apply_to: the passes of classifier-free guidance that are mixed: "cond", "both", or
             "contrast" (the selection on cond, its negatives on uncond); the file's own if None.
-        adapter_name: several names add up. A name that is already loaded is replaced: loading
-            again is how the labels are changed.
+        adapter_name: several names add up; labels of one file belong into one selection, since
+            either copy would add the other's labels as negatives. A name that is already loaded
+            is replaced: loading again is how the labels are changed.
         start, end: the part of `scheduler.timesteps` in which the adapter acts, as fractions;
             step i of n is inside if start ≤ i/n and (i+1)/n ≤ end, as ControlNet counts. It is
             the whole schedule also where img2img begins in its middle; of equal timesteps, which

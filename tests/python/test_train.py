@@ -393,6 +393,7 @@ def test_everything_wrong_is_listed(data: Path) -> None:
         {"file_name": "1.png", "text": "x"},
         {"file_name": "2.png", "aesthetics": {}},
         {"file_name": "3.png", "text": "x", "aesthetics": {"sharp focus": 2}},
+        {"file_name": "labels.toml", "text": "x", "aesthetics": {"vibrant color": 1}},
     ]
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     with pytest.raises(TrainingError) as error:
@@ -403,7 +404,8 @@ def test_everything_wrong_is_listed(data: Path) -> None:
         "line 3: 1.png has no aesthetics",
         "line 4: KeyError: 'text'",
         "line 5: a label is neither",
-        "line 6: JSONDecodeError",
+        "line 6: not an image: labels.toml",
+        "line 7: JSONDecodeError",
         "label 'sharp focus' is the same in every image",
     ):
         assert part in str(error.value)
@@ -419,17 +421,32 @@ def test_labels_are_checked(data: Path) -> None:
         read_labels(path)
 
 
-@pytest.mark.parametrize("line", ['name = "all"', 'name = "sharp focus"\ndefault = "0.5"'])
-def test_labels_that_no_file_can_hold_stop_it_before_the_first_step(
-    pipeline: Path, data: Path, tmp_path: Path, line: str
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('name = "sharp focus"', 'name = "all"', "label 2: name: 'all' is how all"),
+        ('name = "sharp focus"', "name = 3", "label 2: name: expected a text, found 3"),
+        ("default = 0.5", 'default = "0.5"', "label 2: default: expected a finite number"),
+        ("default = 0.5", "default = nan", "label 2: default: expected a finite number, found nan"),
+        ('{ zh = "清晰" }', '"x"', "label 2: display_names: expected a table"),
+        ("[[label]]", "[label]", r"\[\[label\]\], once for every label"),
+    ],
+)
+def test_what_a_label_is_made_of(data: Path, old: str, new: str, message: str) -> None:
+    text = LABELS if new != "[label]" else LABELS[: LABELS.rindex("[[label]]")]
+    (data / "labels.toml").write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(TrainingError, match=message):
+        read_labels(data / "labels.toml")
+
+
+def test_what_no_file_can_hold_stops_it_before_the_first_step(
+    pipeline: Path, data: Path, tmp_path: Path
 ) -> None:
-    labels = LABELS.replace("default = 0.5\n", "").replace('name = "sharp focus"', line)
+    labels = LABELS.replace("default = 0.5", "default = 1e300")  # not in 32 bits
     (data / "labels.toml").write_text(labels, encoding="utf-8")
-    listing = (data / "metadata.jsonl").read_text()
-    (data / "metadata.jsonl").write_text(listing.replace("sharp focus", line.split('"')[1]))
     with pytest.raises(SystemExit, match="this adapter cannot be written"):
         run(pipeline, data, tmp_path / "out", "--checkpointing_steps=1")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out/checkpoint-*"))
 
 
 def test_checkpoints_are_checked(pipeline: Path, data: Path, tmp_path: Path) -> None:
@@ -440,6 +457,10 @@ def test_checkpoints_are_checked(pipeline: Path, data: Path, tmp_path: Path) -> 
         (["--rank=4", "--resume_from_checkpoint=latest"], "made with other settings"),
         (["--rank=2", f"--resume_from_checkpoint={tmp_path}"], "checkpoint-<step>"),
         (["--checkpointing_steps=0"], "--checkpointing_steps 0 is not positive"),
+        (["--rank=-1"], "--rank -1 is negative"),
+        (["--resolution=0"], "--resolution 0 is not positive"),
+        (["--name=a/b"], "--name a/b is not a file's name"),
+        ([f"--output_dir={data / '0.png'}"], "is not a folder"),
     ):
         with pytest.raises(SystemExit, match=message):
             run(pipeline, data, out, *more)

@@ -2,7 +2,7 @@
 
 As a command it writes the labelled folder that the adapter is trained on:
 
-    python data.py --out DIR --count 3000 --seed 1
+    python data.py --out DIR --count 2400 --seed 1
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def draw_many(cache: Path, count: int, seed: int) -> list[Sample]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--count", type=int, default=2400)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     args = parser.parse_args()

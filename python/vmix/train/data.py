@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,19 @@ class LabelSpec:
     default: float = 1.0
     display_names: Mapping[str, str] = field(default_factory=dict)
 
+    def problems(self) -> Iterator[str]:
+        for key in ("name", "dimension", "positive", "negative"):
+            value = getattr(self, key)
+            if not isinstance(value, str) or (key != "dimension" and not value):
+                yield f"{key}: expected a text, found {value!r}"
+        if self.name in ("all", "none"):
+            yield f"name: '{self.name}' is how all or no labels are selected"
+        number = isinstance(self.default, (int, float)) and not isinstance(self.default, bool)
+        if not number or not math.isfinite(self.default):
+            yield f"default: expected a finite number, found {self.default!r}"
+        if not isinstance(self.display_names, Mapping):
+            yield f"display_names: expected a table of texts, found {self.display_names!r}"
+
     def as_metadata(self) -> dict[str, Any]:
         # Nothing is neutral under a learned projection: weight 0 is the paper's negative.
         return {**self.__dict__, "display_names": dict(self.display_names), "neutral": None}
@@ -62,14 +76,19 @@ def read_labels(path: Path) -> list[LabelSpec]:
         tables = tomllib.loads(path.read_text(encoding="utf-8")).get("label", [])
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise TrainingError(f"{path}: {error}") from error
-    labels, problems = [], []
+    if not isinstance(tables, list):
+        raise TrainingError(f"{path}: [label] must be [[label]], once for every label")
+    labels: list[LabelSpec] = []
+    problems: list[str] = []
     for number, table in enumerate(tables, 1):
         try:
             labels.append(LabelSpec(**table))
         except TypeError as error:  # names the missing or unknown key
             problems.append(f"label {number}: {str(error).replace('LabelSpec.__init__() ', '')}")
+            continue
+        problems += [f"label {number}: {problem}" for problem in labels[-1].problems()]
     for key in ("name", "positive", "negative"):
-        seen = [getattr(label, key) for label in labels]
+        seen = [str(getattr(label, key)) for label in labels]
         problems += [
             f"{key} '{v}' is used twice" for v in sorted({v for v in seen if seen.count(v) > 1})
         ]
@@ -103,8 +122,12 @@ def read_examples(folder: Path, labels: Sequence[LabelSpec]) -> list[Example]:
         if not isinstance(aesthetics, dict):
             problems.append(f"line {number}: aesthetics is not an object")
             continue
-        if not image.is_file():
+        try:
+            Image.open(image).close()  # reads no more than its header
+        except FileNotFoundError:
             problems.append(f"line {number}: no such image: {entry['file_name']}")
+        except OSError:
+            problems.append(f"line {number}: not an image: {entry['file_name']}")
         if labels and not aesthetics:
             problems.append(f"line {number}: {entry['file_name']} has no aesthetics")
         unknown = sorted(set(aesthetics) - set(names)) if labels else []

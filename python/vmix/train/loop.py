@@ -104,6 +104,12 @@ def check_args(args: argparse.Namespace) -> None:
     ):
         if getattr(args, key) < 1:
             problems.append(f"--{key} {getattr(args, key)} is not positive")
+    if args.rank < 0:
+        problems.append(f"--rank {args.rank} is negative")
+    if args.resolution is not None and args.resolution < 1:
+        problems.append(f"--resolution {args.resolution} is not positive")
+    if Path(args.name).name != args.name:
+        problems.append(f"--name {args.name} is not a file's name; --output_dir is for folders")
     complain("arguments", problems)
 
 
@@ -201,6 +207,8 @@ def train(args: argparse.Namespace) -> None:
     check_args(args)
     labels = read_labels(args.labels) if args.train_vmix else []
     examples = read_examples(args.train_data_dir, labels)
+    if args.output_dir.exists() and not args.output_dir.is_dir():
+        raise TrainingError(f"--output_dir {args.output_dir} is not a folder")
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
