@@ -259,8 +259,10 @@ def test_tensors_that_cannot_come_in(bad: Any, error: type[Exception], message: 
         ("vibrant colour", vmix.VMixError, "did you mean `vibrant color`"),
         ({"bokeh": 1.0}, vmix.VMixError, "known labels: vibrant color, sharp focus"),
         ({"sharp focus": float("nan")}, vmix.VMixError, "sharp focus.*finite number, found NaN"),
-        ({"sharp focus": "much"}, TypeError, "selection: expected None, a label"),
-        ([1], TypeError, "selection: expected None, a label"),
+        ({"sharp focus": "much"}, TypeError, "a number for `sharp focus`, found 'much'"),
+        ({"sharp focus": 10**400}, TypeError, "a number for `sharp focus`, found 1000"),
+        ({1: 1.0}, TypeError, "selection: expected a label, found 1"),
+        (("sharp focus", 1.0), TypeError, r"selection: expected a label, found 1\.0"),
         (3.5, TypeError, "found float"),
     ],
 )

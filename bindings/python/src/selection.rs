@@ -30,16 +30,34 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Selection {
                 label => vmix::Selection::only([label]),
             }
         } else if let Ok(mapping) = object.cast::<PyMapping>() {
-            let items = mapping.items()?.extract::<Vec<(String, f32)>>();
-            vmix::Selection::weights(items.map_err(|_| wrong_type())?)
+            let mut weights = Vec::new();
+            for item in mapping.items()?.iter() {
+                let (label, weight) = item.extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>()?;
+                let label: String = part("a label", &label)?;
+                let expected = format!("a number for `{label}`");
+                weights.push((label, part::<f32>(&expected, &weight)?));
+            }
+            vmix::Selection::weights(weights)
         } else if let Ok(sequence) = object.cast::<PySequence>() {
-            let labels = sequence.to_list()?.extract::<Vec<String>>();
-            vmix::Selection::only(labels.map_err(|_| wrong_type())?)
+            let labels = sequence.to_list()?;
+            let labels: PyResult<Vec<String>> =
+                labels.iter().map(|l| part("a label", &l)).collect();
+            vmix::Selection::only(labels?)
         } else {
             return Err(wrong_type());
         };
         Ok(Self(selection))
     }
+}
+
+/// A key, weight or item of a selection; the error shows the one that is wrong.
+fn part<'py, T: FromPyObjectOwned<'py>>(expected: &str, found: &Bound<'py, PyAny>) -> PyResult<T> {
+    found.extract().map_err(|_| {
+        let found = found
+            .repr()
+            .map_or_else(|_| type_name(found), |repr| repr.to_string());
+        PyTypeError::new_err(format!("selection: expected {expected}, found {found}"))
+    })
 }
 
 /// No selection means the file's own default weights.
