@@ -502,7 +502,7 @@ def text(r: Mapping[str, Any]) -> str:
 
     def both(name: str, measure: str) -> str:
         drawn = real["labels"][name][measure]["mean"]
-        return f"{number(labels[name][measure]['mean'], '+')} ({number(drawn, '+')})"
+        return f"{cell(labels[name][measure])} ({number(drawn, '+')})"
 
     side_rows = [[name, *(both(name, measure) for measure in COLUMNS)] for name in labels]
     strength_rows = [[scale, *column(values)] for scale, values in r["strength"].items()]
