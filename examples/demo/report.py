@@ -105,7 +105,7 @@ def effects(after: Values, before: Values) -> dict[str, dict[str, float]]:
 def real_pictures(adapter: Adapter, cache: Path, objects: ObjectClassifier) -> dict[str, Values]:
     """Emoji in a prompted colour under every look: all negative, single labels, all positive."""
     from colours import TARGET_HUES, colour_word, main_hue, rotate_hue
-    from data import load_sources
+    from data import load_sources, one_thread
     from transforms import render
 
     looks: dict[str, dict[str, float]] = {"none": only(adapter, None), "all": every(adapter)}
@@ -113,22 +113,23 @@ def real_pictures(adapter: Adapter, cache: Path, objects: ObjectClassifier) -> d
     images: dict[str, list[NDArray[np.float32]]] = {look: [] for look in looks}
     colours, concepts = [], []
     random = torch.Generator().manual_seed(4242)
-    for source in tqdm(3 * load_sources(cache), desc="real pictures", leave=False):
-        image = source.image
-        hue, coloured = main_hue(image)
-        if coloured > 0.3:
-            target = int(torch.randint(len(TARGET_HUES), (), generator=random))
-            image = rotate_hue(image, TARGET_HUES[target] - hue)
-        colour = colour_word(image)
-        if colour is None or colour not in HUE_BANDS:
-            continue
-        colours.append(colour)
-        concepts.append(source.concept)
-        seed = int(torch.randint(2**31, (), generator=random))
-        for look, labels in looks.items():
-            weights = {name: int(weight) for name, weight in labels.items()}
-            drawn = render(image, weights, torch.Generator().manual_seed(seed))
-            images[look].append(drawn.permute(1, 2, 0).numpy())
+    with one_thread():
+        for source in tqdm(3 * load_sources(cache), desc="real pictures", leave=False):
+            image = source.image
+            hue, coloured = main_hue(image)
+            if coloured > 0.3:
+                target = int(torch.randint(len(TARGET_HUES), (), generator=random))
+                image = rotate_hue(image, TARGET_HUES[target] - hue)
+            colour = colour_word(image)
+            if colour is None or colour not in HUE_BANDS:
+                continue
+            colours.append(colour)
+            concepts.append(source.concept)
+            seed = int(torch.randint(2**31, (), generator=random))
+            for look, labels in looks.items():
+                weights = {name: int(weight) for name, weight in labels.items()}
+                drawn = render(image, weights, torch.Generator().manual_seed(seed))
+                images[look].append(drawn.permute(1, 2, 0).numpy())
     return {
         look: measured(np.stack(drawings).astype(np.float64), colours, concepts, objects)
         for look, drawings in images.items()

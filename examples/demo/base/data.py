@@ -12,6 +12,8 @@ import json
 import re
 import subprocess
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -133,12 +135,23 @@ def draw(source: Source, generator: torch.Generator) -> Sample:
     return Sample(pixels, text, labels, colour, source.concept)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For operations on pictures so small that sharing them out takes longer than doing them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def draw_many(cache: Path, count: int, seed: int) -> list[Sample]:
     """Every picture equally often, in random order."""
     sources = load_sources(cache)
     generator = torch.Generator().manual_seed(seed)
     samples: list[Sample] = []
-    with tqdm(total=count, desc="drawing", unit="img") as bar:
+    with one_thread(), tqdm(total=count, desc="drawing", unit="img") as bar:
         while len(samples) < count:
             for index in torch.randperm(len(sources), generator=generator).tolist():
                 samples.append(draw(sources[index], generator))
@@ -155,7 +168,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the pictures are too small to share out
     args.out.mkdir(parents=True, exist_ok=True)
     listing = args.out / "metadata.jsonl"  # there when the folder is complete
     with listing.with_suffix(".part").open("w", encoding="utf-8") as lines:
