@@ -211,10 +211,10 @@ impl Adapter {
     pub fn project(&self, selection: &Selection) -> Result<Tensor> {
         let weights = self.labels().weights(selection)?;
         let Sizes { tokens, dim, .. } = self.0.sizes;
-        let f_a = self
-            .0
-            .projection
-            .project(&self.0.aes_emb, &weights, self.0.sizes)?;
+        let f_a =
+            self.0
+                .projection
+                .project(&self.0.file, &self.0.aes_emb, &weights, self.0.sizes)?;
         Ok(Tensor::rounded([tokens, dim], f_a, DType::F32))
     }
 
@@ -224,21 +224,25 @@ impl Adapter {
         let inner = &*self.0;
         let weights = self.labels().weights(selection)?;
         if inner.value_weights == ValueWeights::Base {
-            return Err(Error::argument(
-                "values",
-                "an adapter with value weights of its own",
-                "one whose metadata `vmix.value_weights` is `base`: its V_a are f_a through the \
-                 base model's own to_v",
-            ));
+            return Err(Error::Unsupported {
+                argument: "values".to_owned(),
+                expected: "an adapter with value weights of its own".to_owned(),
+                found: "one whose metadata `vmix.value_weights` is `base`: its V_a are f_a \
+                        through the base model's own to_v"
+                    .to_owned(),
+            });
         }
-        let mut contexts = inner
-            .projection
-            .project(&inner.aes_emb, &weights, inner.sizes)?;
+        let mut contexts =
+            inner
+                .projection
+                .project(&inner.file, &inner.aes_emb, &weights, inner.sizes)?;
         if apply_to == ApplyTo::Contrast {
-            let opposite =
-                inner
-                    .projection
-                    .project_opposite(&inner.aes_emb, &weights, inner.sizes)?;
+            let opposite = inner.projection.project_opposite(
+                &inner.file,
+                &inner.aes_emb,
+                &weights,
+                inner.sizes,
+            )?;
             contexts.extend(opposite);
         }
         let tensors = inner

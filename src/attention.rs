@@ -2,9 +2,225 @@
 
 use candle_core::{D, Device, Tensor as Candle};
 
-use crate::{Error, Result, Tensor};
+use crate::{
+    Error, Result, Tensor,
+    view::{TensorView, TensorViewMut},
+};
 
-/// softmax(Q·Kᵀ/√d)·(V_c + λ·V_a), computed in f32 and rounded to Q's dtype.
+/// softmax(Q·Kᵀ·scale + mask)·(V_c + λ·V_a) over tensors that lie where they are, computed in f32.
+///
+/// B batch entries, L_q queries, L_k keys, H heads of width D, C context tokens. Masks may have
+/// size 1 in a dimension in which they do not vary.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Attention<'a> {
+    /// Q, `[B, L_q, H, D]`.
+    pub query: TensorView<'a>,
+    /// K_c, `[B, L_k, H, D]`.
+    pub key: TensorView<'a>,
+    /// V_c, `[B, L_k, H, D]`.
+    pub value: TensorView<'a>,
+    /// V_a, `[1 or B, C, H, D]` or `[1 or B, C, 1, H·D]`, where L_k is a multiple of C: longer
+    /// contexts repeat it. Without it this is ordinary attention.
+    pub aes_value: Option<TensorView<'a>>,
+    /// λ, one for all or one per batch entry; at 0 the result is bit-identical to attention
+    /// without V_a.
+    pub strength: &'a [f32],
+    /// What scores are multiplied with; 1/√D where it is `None`.
+    pub scale: Option<f32>,
+    /// Added to the scaled scores, `[B, L_q, H, L_k]`; −∞ hides a key. A query all of whose keys
+    /// are hidden gives zeros.
+    pub mask: Option<TensorView<'a>>,
+    /// What λ is multiplied with for each query, `[B, L_q, 1, 1]`: the strength of a region.
+    pub query_mask: Option<TensorView<'a>>,
+}
+
+/// Attention maps are at most this many numbers at a time.
+const BLOCK: usize = 1 << 20;
+
+impl<'a> Attention<'a> {
+    /// Attention without V_a or masks, with the usual scale and λ = 1.
+    pub fn new(query: TensorView<'a>, key: TensorView<'a>, value: TensorView<'a>) -> Self {
+        Self {
+            query,
+            key,
+            value,
+            aes_value: None,
+            strength: &[1.0],
+            scale: None,
+            mask: None,
+            query_mask: None,
+        }
+    }
+
+    /// Writes the result into `output`, `[B, L_q, H, D]`, and the attention maps (the softmax) of
+    /// as many heads as `map`, `[B, L_q, heads, L_k]`, has, from the given one on.
+    ///
+    /// # Errors
+    /// When shapes do not fit together, or a λ or the scale is not finite. Then nothing is written.
+    pub fn forward(
+        &self,
+        output: &mut TensorViewMut<'_>,
+        map: Option<(&mut TensorViewMut<'_>, usize)>,
+    ) -> Result<()> {
+        let [batch, queries, heads, dim] = self.query.shape();
+        let keys = self.key.shape()[1];
+        expect_shape("key", self.key.shape(), [batch, keys, heads, dim])?;
+        expect_shape("value", self.value.shape(), [batch, keys, heads, dim])?;
+        expect_shape("output", output.shape(), [batch, queries, heads, dim])?;
+        if let Some(mask) = self.mask {
+            expect_broadcast("mask", mask.shape(), [batch, queries, heads, keys])?;
+        }
+        if let Some(mask) = self.query_mask {
+            expect_broadcast("query_mask", mask.shape(), [batch, queries, 1, 1])?;
+        }
+        if let Some((map, first)) = &map {
+            let found = map.shape();
+            expect_shape("attention_map", found, [batch, queries, found[2], keys])?;
+            if first.checked_add(found[2]).is_none_or(|end| end > heads) {
+                return Err(Error::argument(
+                    "attention_map",
+                    format!("some of {heads} heads"),
+                    format!("{} heads from head {first} on", found[2]),
+                ));
+            }
+        }
+        let scale = self.scale.unwrap_or(1.0 / (dim as f32).sqrt());
+        // A head of width 0 has scores of 0, whatever they are multiplied with.
+        if !scale.is_finite() && dim > 0 {
+            let found = scale.to_string();
+            return Err(Error::argument("scale", "a finite number", found));
+        }
+        let strengths = Strengths::new(self.strength, batch)?;
+        let aes_value = self
+            .aes_value
+            .map(|v| fit_aes_value(v, batch, keys, heads, dim))
+            .transpose()?;
+        if output.shape().contains(&0) && map.is_none() {
+            return Ok(());
+        }
+        if keys == 0 || dim == 0 {
+            let found = format!("{keys} keys, heads of width {dim}");
+            return Err(Error::argument(
+                "key",
+                "at least one key and a width",
+                found,
+            ));
+        }
+
+        let mut map = map;
+        let block = (BLOCK / keys).clamp(1, queries.max(1));
+        let rows = Rows::new([keys, block], dim)?;
+        for b in 0..batch {
+            let strength = strengths.of(b);
+            let aes_value = aes_value.filter(|_| strength != 0.0);
+            for h in 0..heads {
+                let key = rows.read(keys, |t, row| self.key.read_row([b, t, h, 0], row))?;
+                let aesthetic = aes_value
+                    .map(|v_a| {
+                        let tokens = v_a.shape()[1];
+                        rows.read(keys, |t, row| {
+                            v_a.read_row([b, t % tokens, h, 0], row);
+                            row.iter_mut().for_each(|x| *x *= strength);
+                        })
+                    })
+                    .transpose()?;
+                let mut value = rows.read(keys, |t, row| self.value.read_row([b, t, h, 0], row))?;
+                // A strength per query cannot be folded into the values: two branches then.
+                let aesthetic = match aesthetic {
+                    Some(aesthetic) if self.query_mask.is_none() => {
+                        value = (value + aesthetic)?;
+                        None
+                    }
+                    other => other,
+                };
+                for first in (0..queries).step_by(block) {
+                    let count = block.min(queries - first);
+                    let query = rows.read(count, |i, row| {
+                        self.query.read_row([b, first + i, h, 0], row);
+                    })?;
+                    let scores = query.matmul(&key.t()?)?.affine(scale.into(), 0.0)?;
+                    let weights = match self.mask {
+                        None => candle_nn::ops::softmax_last_dim(&scores)?,
+                        Some(mask) => {
+                            let mut added = zeros(count * keys)?;
+                            for (i, row) in added.chunks_exact_mut(keys).enumerate() {
+                                mask.read_row([b, first + i, h, 0], row);
+                            }
+                            masked_softmax(scores, Candle::from_vec(added, (count, keys), CPU)?)?
+                        }
+                    };
+                    let mut mixed = weights.matmul(&value)?;
+                    if let (Some(mask), Some(aesthetic)) = (self.query_mask, &aesthetic) {
+                        let mut m = zeros(count)?;
+                        for (i, m) in m.iter_mut().enumerate() {
+                            mask.read_row([b, first + i, 0, 0], std::slice::from_mut(m));
+                        }
+                        let m = Candle::from_vec(m, (count, 1), CPU)?;
+                        mixed = (mixed + weights.matmul(aesthetic)?.broadcast_mul(&m)?)?;
+                    }
+                    write_rows(&mixed, dim, |i, row| {
+                        output.write_row([b, first + i, h, 0], row);
+                    })?;
+                    if let Some((map, first_head)) = &mut map
+                        && let Some(h) = h.checked_sub(*first_head)
+                        && h < map.shape()[2]
+                    {
+                        write_rows(&weights, keys, |i, row| {
+                            map.write_row([b, first + i, h, 0], row);
+                        })?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// V_c + λ·V_a in place (paper, eq. 9), all that a host with an attention of its own needs.
+///
+/// `value` is `[B, k·C, H, D]`; `aes_value` `[1 or B, C, H, D]` or `[1 or B, C, 1, H·D]`, repeated k
+/// times; `strength`, λ, one for all or one per batch entry. Each sum is computed in f32 and rounded
+/// once. Where λ is 0 not a bit changes.
+///
+/// # Errors
+/// When shapes do not fit together, or a λ is not finite. Then nothing is written.
+pub fn mix_values(
+    value: &mut TensorViewMut<'_>,
+    aes_value: TensorView<'_>,
+    strength: &[f32],
+) -> Result<()> {
+    let [batch, keys, heads, dim] = value.shape();
+    let strengths = Strengths::new(strength, batch)?;
+    let aes_value = fit_aes_value(aes_value, batch, keys, heads, dim)?;
+    if value.overlaps(&aes_value) {
+        let expected = "memory that the values do not span";
+        return Err(Error::argument("aes_value", expected, "memory they do"));
+    }
+    // Longer rows where the heads of a token are adjacent in both.
+    let (mut value, aes_value) = match (value.merge_heads(), aes_value.merge_heads()) {
+        (Some(value), Some(aes_value)) => (value, aes_value),
+        _ => (value.reborrow(), aes_value),
+    };
+    let tokens = aes_value.shape()[1];
+    let [_, _, heads, dim] = value.shape();
+    let mut scratch = [zeros(dim)?, zeros(dim)?];
+    for b in 0..batch {
+        let strength = strengths.of(b);
+        if strength == 0.0 {
+            continue;
+        }
+        for t in 0..keys {
+            for h in 0..heads {
+                let added = (aes_value, [b, t % tokens, h, 0]);
+                value.add_row([b, t, h, 0], strength, added, &mut scratch);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// softmax(Q·Kᵀ/√d)·(V_c + λ·V_a) of dense tensors, computed in f32 and rounded to Q's dtype.
 ///
 /// - `query` \[B, L_q, H·D\], `key` and `value` \[B, L_k, H·D\];
 /// - `aes_value`, V_a \[C, H·D\], where L_k is a multiple of C: longer contexts repeat it;
@@ -20,37 +236,73 @@ pub fn attention(
     strength: f32,
     heads: usize,
 ) -> Result<Tensor> {
-    let &[batch, queries, width] = query.shape() else {
-        let expected = "shape [batch, queries, heads · head dim]";
-        return Err(Error::argument("query", expected, shape_of(query)));
-    };
-    let &[_, keys, _] = key.shape() else {
-        let expected = "shape [batch, keys, heads · head dim]";
-        return Err(Error::argument("key", expected, shape_of(key)));
-    };
-    let &[tokens, _] = aes_value.shape() else {
+    let view = |argument: &'static str, tensor| split_heads(argument, tensor, heads);
+    let query_view = view("query", query)?;
+    let mut attention = Attention::new(query_view, view("key", key)?, view("value", value)?);
+    let &[tokens, width] = aes_value.shape() else {
         let expected = "shape [context tokens, heads · head dim]";
         return Err(Error::argument("aes_value", expected, shape_of(aes_value)));
     };
-    for (argument, tensor, shape) in [
-        ("key", key, [batch, keys, width].as_slice()),
-        ("value", value, &[batch, keys, width]),
-        ("aes_value", aes_value, &[tokens, width]),
-    ] {
-        if tensor.shape() != shape {
-            let expected = format!("shape {shape:?}");
-            return Err(Error::argument(argument, expected, shape_of(tensor)));
-        }
-    }
-    if batch == 0 || queries == 0 {
-        let expected = "at least one row and one query";
-        return Err(Error::argument("query", expected, shape_of(query)));
-    }
+    let aes_value = TensorView::dense("aes_value", aes_value, [1, tokens, 1, width])?;
+    attention.aes_value = Some(aes_value);
+    attention.strength = std::slice::from_ref(&strength);
+    let mut out = zeros(query.shape().iter().product())?;
+    let mut output = TensorViewMut::dense(&mut out, query_view.shape());
+    attention.forward(&mut output, None)?;
+    Ok(Tensor::rounded(query.shape(), out, query.dtype()))
+}
+
+fn split_heads<'a>(argument: &str, tensor: &'a Tensor, heads: usize) -> Result<TensorView<'a>> {
+    let &[batch, tokens, width] = tensor.shape() else {
+        let expected = "shape [batch, tokens, heads · head dim]";
+        return Err(Error::argument(argument, expected, shape_of(tensor)));
+    };
     if heads == 0 || width == 0 || width % heads != 0 {
-        let expected = format!("a divisor of the query's width {width}");
+        let expected = format!("a divisor of the width {width} of {argument}");
         return Err(Error::argument("heads", expected, heads.to_string()));
     }
-    if tokens == 0 || keys == 0 || keys % tokens != 0 {
+    TensorView::dense(argument, tensor, [batch, tokens, heads, width / heads])
+}
+
+const CPU: &Device = &Device::Cpu;
+
+/// λ of every batch entry.
+struct Strengths<'a>(&'a [f32]);
+
+impl<'a> Strengths<'a> {
+    fn new(strength: &'a [f32], batch: usize) -> Result<Self> {
+        if strength.len() != 1 && strength.len() != batch {
+            let expected = format!("1 number, or {batch}, one per batch entry");
+            let found = strength.len().to_string();
+            return Err(Error::argument("strength", expected, found));
+        }
+        match strength.iter().find(|x| !x.is_finite()) {
+            None => Ok(Self(strength)),
+            Some(x) => Err(Error::argument("strength", "finite numbers", x.to_string())),
+        }
+    }
+
+    fn of(&self, batch_entry: usize) -> f32 {
+        self.0[batch_entry % self.0.len()]
+    }
+}
+
+/// V_a with the heads of the values it is added to.
+fn fit_aes_value<'a>(
+    aes_value: TensorView<'a>,
+    batch: usize,
+    keys: usize,
+    heads: usize,
+    dim: usize,
+) -> Result<TensorView<'a>> {
+    const NAME: &str = "aes_value";
+    let view = aes_value.with_heads(NAME, heads, dim)?;
+    let [entries, tokens, ..] = view.shape();
+    if entries != 1 && entries != batch {
+        let expected = format!("1 batch entry, or {batch}");
+        return Err(Error::argument(NAME, expected, entries.to_string()));
+    }
+    if tokens == 0 || keys % tokens != 0 {
         let expected = format!("a multiple of the {tokens} tokens of aes_value");
         return Err(Error::argument(
             "number of keys",
@@ -58,38 +310,81 @@ pub fn attention(
             keys.to_string(),
         ));
     }
-    if !strength.is_finite() {
-        return Err(Error::argument(
-            "strength",
-            "a finite number",
-            strength.to_string(),
-        ));
-    }
-
-    let head_dim = width / heads;
-    let split = |tensor: Candle, rows: usize| {
-        let tensor = tensor.reshape((batch, rows, heads, head_dim))?;
-        tensor.transpose(1, 2)?.contiguous()
-    };
-    let mut value = candle(value)?;
-    if strength != 0.0 {
-        let aes_value = candle(aes_value)?.affine(strength.into(), 0.0)?;
-        value = value.broadcast_add(&aes_value.repeat((keys / tokens, 1))?)?;
-    }
-    let key = split(candle(key)?, keys)?.transpose(2, 3)?.contiguous()?;
-    let scores = split(candle(query)?, queries)?.matmul(&key)?;
-    let scores = scores.affine(1.0 / (head_dim as f64).sqrt(), 0.0)?;
-    let mixed = candle_nn::ops::softmax(&scores, D::Minus1)?.matmul(&split(value, keys)?)?;
-    let mixed = mixed.transpose(1, 2)?.flatten_all()?.to_vec1()?;
-    Ok(Tensor::rounded(query.shape(), mixed, query.dtype()))
+    Ok(view)
 }
 
-fn candle(tensor: &Tensor) -> Result<Candle> {
-    Ok(Candle::from_vec(
-        tensor.to_f32(),
-        tensor.shape(),
-        &Device::Cpu,
-    )?)
+fn expect_shape(argument: &str, found: [usize; 4], expected: [usize; 4]) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    let (expected, found) = (format!("shape {expected:?}"), format!("shape {found:?}"));
+    Err(Error::argument(argument, expected, found))
+}
+
+fn expect_broadcast(argument: &str, found: [usize; 4], full: [usize; 4]) -> Result<()> {
+    if (0..4).all(|i| found[i] == full[i] || found[i] == 1) {
+        return Ok(());
+    }
+    let expected = format!("shape {full:?}, or 1 where it does not vary");
+    Err(Error::argument(
+        argument,
+        expected,
+        format!("shape {found:?}"),
+    ))
+}
+
+/// softmax(scores + mask), with zeros for rows that are −∞ throughout.
+fn masked_softmax(scores: Candle, mask: Candle) -> candle_core::Result<Candle> {
+    let scores = (scores + mask)?;
+    let hidden = scores.max_keepdim(D::Minus1)?.eq(f64::NEG_INFINITY)?;
+    let hidden = hidden.broadcast_as(scores.shape())?;
+    let weights = candle_nn::ops::softmax_last_dim(&scores)?;
+    hidden.where_cond(&weights.zeros_like()?, &weights)
+}
+
+/// Makes tensors of rows of one width, whose size was found to fit into memory.
+struct Rows(usize);
+
+impl Rows {
+    fn new(counts: [usize; 2], width: usize) -> Result<Self> {
+        // As much as is in use at a time below, where failing would be an abort instead of an error.
+        let count = counts[0].max(counts[1]).saturating_mul(width);
+        reserve(count.saturating_mul(4))?;
+        Ok(Self(width))
+    }
+
+    fn read(&self, count: usize, read: impl Fn(usize, &mut [f32])) -> Result<Candle> {
+        let mut data = zeros(count * self.0)?;
+        for (i, row) in data.chunks_exact_mut(self.0).enumerate() {
+            read(i, row);
+        }
+        Ok(Candle::from_vec(data, (count, self.0), CPU)?)
+    }
+}
+
+/// Zeros, or an error where there is not so much memory.
+fn zeros(count: usize) -> Result<Vec<f32>> {
+    let mut data = reserve(count)?;
+    data.resize(count, 0.0);
+    Ok(data)
+}
+
+fn reserve(count: usize) -> Result<Vec<f32>> {
+    let mut data = Vec::new();
+    match data.try_reserve_exact(count) {
+        Ok(()) => Ok(data),
+        Err(_) => Err(Error::OutOfMemory {
+            bytes: count.saturating_mul(size_of::<f32>()),
+        }),
+    }
+}
+
+fn write_rows(tensor: &Candle, width: usize, mut write: impl FnMut(usize, &[f32])) -> Result<()> {
+    let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
+    for (i, row) in values.chunks_exact(width).enumerate() {
+        write(i, row);
+    }
+    Ok(())
 }
 
 fn shape_of(tensor: &Tensor) -> String {
@@ -205,11 +500,11 @@ mod tests {
         for (found, expected) in [
             (
                 error(&a, &k, &k, &a, 1.0, 2),
-                "query: expected shape [batch, queries",
+                "query: expected shape [batch, tokens",
             ),
             (
                 error(&q, &k, &q, &a, 1.0, 2),
-                "value: expected shape [1, 6, 4], found shape [1, 2, 4]",
+                "value: expected shape [1, 6, 2, 2], found shape [1, 2, 2, 2]",
             ),
             (
                 error(&q, &k, &k, &q, 1.0, 2),
@@ -217,11 +512,11 @@ mod tests {
             ),
             (
                 error(&q, &k, &k, &a, 1.0, 3),
-                "heads: expected a divisor of the query's width 4",
+                "heads: expected a divisor of the width 4 of query",
             ),
             (
                 error(&q, &k, &k, &a, f32::NAN, 2),
-                "strength: expected a finite number, found NaN",
+                "strength: expected finite numbers, found NaN",
             ),
             (
                 error(&q, &q, &q, &a, 1.0, 2),

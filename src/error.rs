@@ -82,6 +82,22 @@ pub enum Error {
         /// What came.
         found: String,
     },
+    /// The request is valid, but this library does not do it.
+    #[error("{argument}: expected {expected}, found {found}")]
+    Unsupported {
+        /// The argument.
+        argument: String,
+        /// What is supported.
+        expected: String,
+        /// What came.
+        found: String,
+    },
+    /// The result, or the work on it, does not fit into memory.
+    #[error("not enough memory for {bytes} bytes")]
+    OutOfMemory {
+        /// What was asked for.
+        bytes: usize,
+    },
     /// An operation of the tensor library failed.
     #[error(transparent)]
     Candle(#[from] candle_core::Error),

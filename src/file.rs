@@ -159,6 +159,20 @@ impl File {
         }
     }
 
+    /// A tensor that is read where it lies, checked like [`File::small_tensor`].
+    pub fn check_small_tensor(&self, name: &str, shape: &[usize]) -> Result<()> {
+        let view = self.tensor_of_shape(name, shape)?;
+        let mut block = [0.0; 4096];
+        for bytes in view.bytes.chunks(block.len() * view.dtype.size()) {
+            let block = &mut block[..bytes.len() / view.dtype.size()];
+            crate::tensor::widen(view.dtype, bytes, block);
+            if let Some(x) = block.iter().find(|x| !x.is_finite()) {
+                return Err(self.tensor_error(name, "finite values", x.to_string()));
+            }
+        }
+        Ok(())
+    }
+
     /// Refuses tensors that are not among the known ones.
     pub fn refuse_other_tensors(&self, known: impl Fn(&str) -> bool) -> Result<()> {
         match self.tensor_names().find(|name| !known(name)) {

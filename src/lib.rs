@@ -23,17 +23,21 @@
 mod adapter;
 mod attention;
 mod error;
+#[cfg(feature = "capi")]
+mod ffi;
 mod file;
 mod labels;
 mod metadata;
 mod preset;
+mod product;
 mod projection;
 mod tensor;
 mod unet;
 mod values;
+mod view;
 
 pub use adapter::Adapter;
-pub use attention::attention;
+pub use attention::{Attention, attention, mix_values};
 pub use error::Error;
 pub use labels::{Label, LabelKey, Labels, Selection};
 pub use metadata::{ApplyTo, Kind, ProjectionKind, ValueWeights};
@@ -41,6 +45,7 @@ pub use preset::{Opened, open};
 pub use tensor::{DType, Data, Tensor};
 pub use unet::{Base, Layer, Layers, ldm_name};
 pub use values::Values;
+pub use view::{TensorView, TensorViewMut};
 
 /// What every fallible function of this crate returns.
 pub type Result<T> = std::result::Result<T, Error>;

@@ -29,8 +29,9 @@ impl Values {
         file::write_atomically(path.as_ref(), &self.to_bytes()?)
     }
 
-    /// The bytes of a preset file.
-    pub fn to_bytes(&self) -> Result<Vec<u8>> {
+    /// Every metadata key of a preset file of these values. For values fresh from a mapped adapter
+    /// the first call reads that whole file.
+    pub fn metadata(&self) -> BTreeMap<String, String> {
         let mut metadata = self.inherited().clone();
         metadata.extend(self.common().write(Kind::Preset));
         let names = self.labels().iter().map(|label| label.name.as_str());
@@ -47,6 +48,11 @@ impl Values {
             let ldm_names = serde_json::to_string(&ldm_names).expect("string keys and values");
             metadata.insert("vmix.ldm_names".to_owned(), ldm_names);
         }
+        metadata
+    }
+
+    /// The bytes of a preset file.
+    pub fn to_bytes(&self) -> Result<Vec<u8>> {
         let mut tensors = BTreeMap::new();
         for (layer, values) in self.layers().iter().zip(self.tensors()) {
             tensors.insert(format!("{}{COND}", layer.name), &*values.cond);
@@ -57,7 +63,7 @@ impl Values {
         let tensors = tensors
             .iter()
             .map(|(name, tensor)| (name.as_str(), *tensor));
-        file::serialize(tensors, &metadata)
+        file::serialize(tensors, &self.metadata())
     }
 
     fn read(file: &File) -> Result<Self> {

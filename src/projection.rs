@@ -1,9 +1,11 @@
 //! From the features of the chosen labels to the aesthetic context f_a (paper, eq. 6).
 
 use candle_core::{Device, Tensor};
-use candle_nn::{LayerNorm, Linear, Module};
+use candle_nn::{LayerNorm, Module};
 
-use crate::{Result, file::File};
+use crate::{Result, file::File, product::times_transposed};
+
+const ZERO_WEIGHT: &str = "projection.zero.weight";
 
 /// The projection layer of an adapter.
 #[derive(Debug)]
@@ -15,7 +17,8 @@ pub(crate) enum Projection {
         /// \[C, 1\]; inert, as the LayerNorm subtracts it, but files may have it.
         linear_bias: Option<Tensor>,
         norm: LayerNorm,
-        zero: Linear,
+        /// \[d\]; the weight of Z stays in the file: 17 MB in f32 at SDXL's width.
+        zero_bias: Tensor,
     },
     /// f_a\[c\] = Σ gain_i·w_i·(t_i − t̂_i), the same for every token c.
     Difference {
@@ -38,7 +41,7 @@ impl Projection {
         "projection.linear.bias",
         "projection.norm.weight",
         "projection.norm.bias",
-        "projection.zero.weight",
+        ZERO_WEIGHT,
         "projection.zero.bias",
     ];
     pub const DIFFERENCE_TENSORS: &[&str] = &["projection.gain"];
@@ -53,6 +56,7 @@ impl Projection {
             let values = file.small_tensor(name, shape)?;
             Ok(Tensor::from_vec(values, shape, &Device::Cpu)?)
         };
+        file.check_small_tensor(ZERO_WEIGHT, &[dim, dim])?;
         const BIAS: &str = "projection.linear.bias";
         let linear_bias = file
             .has_tensor(BIAS)
@@ -66,10 +70,7 @@ impl Projection {
                 read("projection.norm.bias", &[dim])?,
                 eps,
             ),
-            zero: Linear::new(
-                read("projection.zero.weight", &[dim, dim])?,
-                Some(read("projection.zero.bias", &[dim])?),
-            ),
+            zero_bias: read("projection.zero.bias", &[dim])?,
         })
     }
 
@@ -78,8 +79,14 @@ impl Projection {
         Ok(Self::Difference { gain })
     }
 
-    /// f_a \[C, d\] of label weights w \[N\], given AesEmb \[N, 2, d\].
-    pub fn project(&self, aes_emb: &[f32], weights: &[f32], sizes: Sizes) -> Result<Vec<f32>> {
+    /// f_a \[C, d\] of label weights w \[N\], given AesEmb \[N, 2, d\] and the file of both.
+    pub fn project(
+        &self,
+        file: &File,
+        aes_emb: &[f32],
+        weights: &[f32],
+        sizes: Sizes,
+    ) -> Result<Vec<f32>> {
         let Sizes {
             labels,
             tokens,
@@ -90,7 +97,7 @@ impl Projection {
                 linear,
                 linear_bias,
                 norm,
-                zero,
+                zero_bias,
             } => {
                 let f_t = select(aes_emb, weights, dim);
                 let f_t = Tensor::from_vec(f_t, (labels, dim), &Device::Cpu)?;
@@ -98,7 +105,11 @@ impl Projection {
                 if let Some(bias) = linear_bias {
                     mixed = mixed.broadcast_add(bias)?;
                 }
-                let f_a = zero.forward(&norm.forward(&mixed)?)?;
+                let normed: Vec<f32> = norm.forward(&mixed)?.flatten_all()?.to_vec1()?;
+                let f_a = times_transposed(&normed, file.tensor(ZERO_WEIGHT)?)
+                    .map_err(|found| file.tensor_error(ZERO_WEIGHT, "finite values", found))?;
+                let f_a = Tensor::from_vec(f_a, (tokens, dim), &Device::Cpu)?;
+                let f_a = f_a.broadcast_add(zero_bias)?;
                 Ok(f_a.flatten_all()?.to_vec1()?)
             }
             Self::Difference { gain } => {
@@ -117,15 +128,16 @@ impl Projection {
     /// f_a \[C, d\] of the opposite of a selection, for the unconditional pass.
     pub fn project_opposite(
         &self,
+        file: &File,
         aes_emb: &[f32],
         weights: &[f32],
         sizes: Sizes,
     ) -> Result<Vec<f32>> {
         match self {
-            Self::Learned { .. } => self.project(aes_emb, &vec![0.0; weights.len()], sizes),
+            Self::Learned { .. } => self.project(file, aes_emb, &vec![0.0; weights.len()], sizes),
             Self::Difference { .. } => {
                 let opposite: Vec<f32> = weights.iter().map(|w| -w).collect();
-                self.project(aes_emb, &opposite, sizes)
+                self.project(file, aes_emb, &opposite, sizes)
             }
         }
     }

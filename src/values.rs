@@ -6,8 +6,8 @@ use crate::{
     ApplyTo, Base, DType, Labels, Layers, Result, Tensor,
     file::{File, View},
     metadata::Common,
+    product::times_transposed,
     projection::Sizes,
-    tensor::widen,
 };
 
 /// V_a \[C, inner_dim\] of every cross-attention layer for one selection: all that a host needs.
@@ -144,10 +144,6 @@ impl Values {
     }
 }
 
-/// Rows of W_Va that are widened to f32 at a time: 1 MB at SDXL's width, so the scratch stays in
-/// cache and nothing the size of a weight is ever allocated.
-const ROWS: usize = 128;
-
 /// V_a = f_a·W_Vaᵀ of one layer for one or two stacked contexts \[C or 2·C, d\], in f32, rounded to
 /// `dtype` at the end. The error says what was not finite.
 pub(crate) fn layer_values(
@@ -156,26 +152,8 @@ pub(crate) fn layer_values(
     weight: View<'_>,
     dtype: DType,
 ) -> std::result::Result<LayerValues, String> {
-    let Sizes { tokens, dim, .. } = sizes;
-    let rows = contexts.len() / dim;
-    let inner_dim = weight.shape[0];
-    let mut out = vec![0f32; rows * inner_dim];
-    let mut block = vec![0f32; ROWS.min(inner_dim) * dim];
-    for (index, bytes) in weight
-        .bytes
-        .chunks(ROWS * dim * weight.dtype.size())
-        .enumerate()
-    {
-        let block = &mut block[..bytes.len() / weight.dtype.size()];
-        widen(weight.dtype, bytes, block);
-        if !block.iter().all(|x| x.is_finite()) {
-            return Err("NaN or infinity".to_owned());
-        }
-        multiply(contexts, block, dim, &mut out[index * ROWS..], inner_dim);
-    }
-    if !out.iter().all(|x| x.is_finite()) {
-        return Err("weights that overflow float32".to_owned());
-    }
+    let (tokens, inner_dim) = (sizes.tokens, weight.shape[0]);
+    let mut out = times_transposed(contexts, weight)?;
     let uncond = out.split_off(tokens * inner_dim);
     let finish = |values: Vec<f32>| {
         let tensor = Tensor::rounded([tokens, inner_dim], values, dtype);
@@ -188,66 +166,4 @@ pub(crate) fn layer_values(
         cond: finish(out)?,
         uncond: (!uncond.is_empty()).then(|| finish(uncond)).transpose()?,
     })
-}
-
-/// out\[m, n\] = Σ_k lhs\[m, k\]·rhs\[n, k\], where rows of `out` are `out_stride` apart.
-fn multiply(lhs: &[f32], rhs: &[f32], k: usize, out: &mut [f32], out_stride: usize) {
-    let (m, n) = (lhs.len() / k, rhs.len() / k);
-    assert!(m * k == lhs.len() && n * k == rhs.len() && n <= out_stride);
-    assert!(out.len() >= (m - 1) * out_stride + n);
-    let signed = |stride: usize| isize::try_from(stride).expect("slices are shorter than isize");
-    // SAFETY: with the strides given, `out` is read and written at [0, (m-1)·out_stride + n) and
-    // `lhs` and `rhs` are read at [0, m·k) and [0, n·k), all inside their slices as asserted above;
-    // `out` is borrowed mutably, so nothing aliases it.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.as_mut_ptr(),
-            1,
-            signed(out_stride),
-            false,
-            lhs.as_ptr(),
-            1,
-            signed(k),
-            rhs.as_ptr(),
-            signed(k),
-            1,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            // The layers are what runs in parallel.
-            gemm::Parallelism::None,
-        );
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn multiply_is_the_plain_triple_loop() {
-        let (m, n, k, stride) = (3, 5, 7, 6);
-        let lhs: Vec<f32> = (0..m * k).map(|i| i as f32 - 9.0).collect();
-        let rhs: Vec<f32> = (0..n * k).map(|i| (i % 11) as f32).collect();
-        let mut out = vec![-1.0; (m - 1) * stride + n];
-        multiply(&lhs, &rhs, k, &mut out, stride);
-        for i in 0..m {
-            for j in 0..stride {
-                let expected = if j < n {
-                    // Small whole numbers: exact in any order of summation.
-                    (0..k).map(|l| lhs[i * k + l] * rhs[j * k + l]).sum()
-                } else {
-                    -1.0
-                };
-                if let Some(found) = out.get(i * stride + j) {
-                    assert_eq!(*found, expected, "[{i}, {j}]");
-                }
-            }
-        }
-    }
 }

@@ -1,0 +1,94 @@
+//! Products with weights that stay in their file.
+
+use crate::{file::View, tensor::widen};
+
+/// Rows of a weight that are widened to f32 at a time: 1 MB at SDXL's width, so the scratch stays
+/// in cache and nothing the size of a weight is ever allocated.
+const ROWS: usize = 128;
+
+/// rows·Wᵀ in f32, for rows \[m, k\] and a weight W \[n, k\]. The error says what was not finite.
+pub(crate) fn times_transposed(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
+    let &[inner_dim, dim] = weight.shape else {
+        panic!("the shape of weights is checked when a file is opened")
+    };
+    let mut out = vec![0f32; rows.len() / dim * inner_dim];
+    let mut block = vec![0f32; ROWS.min(inner_dim) * dim];
+    for (index, bytes) in weight
+        .bytes
+        .chunks(ROWS * dim * weight.dtype.size())
+        .enumerate()
+    {
+        let block = &mut block[..bytes.len() / weight.dtype.size()];
+        widen(weight.dtype, bytes, block);
+        if !block.iter().all(|x| x.is_finite()) {
+            return Err("NaN or infinity".to_owned());
+        }
+        multiply(rows, block, dim, &mut out[index * ROWS..], inner_dim);
+    }
+    if !out.iter().all(|x| x.is_finite()) {
+        return Err("weights that overflow float32".to_owned());
+    }
+    Ok(out)
+}
+
+/// out\[m, n\] = Σ_k lhs\[m, k\]·rhs\[n, k\], where rows of `out` are `out_stride` apart.
+fn multiply(lhs: &[f32], rhs: &[f32], k: usize, out: &mut [f32], out_stride: usize) {
+    let (m, n) = (lhs.len() / k, rhs.len() / k);
+    assert!(m * k == lhs.len() && n * k == rhs.len() && n <= out_stride);
+    assert!(out.len() >= (m - 1) * out_stride + n);
+    let signed = |stride: usize| isize::try_from(stride).expect("slices are shorter than isize");
+    // SAFETY: with the strides given, `out` is read and written at [0, (m-1)·out_stride + n) and
+    // `lhs` and `rhs` are read at [0, m·k) and [0, n·k), all inside their slices as asserted above;
+    // `out` is borrowed mutably, so nothing aliases it.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out.as_mut_ptr(),
+            1,
+            signed(out_stride),
+            false,
+            lhs.as_ptr(),
+            1,
+            signed(k),
+            rhs.as_ptr(),
+            signed(k),
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            // The layers are what runs in parallel.
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn multiply_is_the_plain_triple_loop() {
+        let (m, n, k, stride) = (3, 5, 7, 6);
+        let lhs: Vec<f32> = (0..m * k).map(|i| i as f32 - 9.0).collect();
+        let rhs: Vec<f32> = (0..n * k).map(|i| (i % 11) as f32).collect();
+        let mut out = vec![-1.0; (m - 1) * stride + n];
+        multiply(&lhs, &rhs, k, &mut out, stride);
+        for i in 0..m {
+            for j in 0..stride {
+                let expected = if j < n {
+                    // Small whole numbers: exact in any order of summation.
+                    (0..k).map(|l| lhs[i * k + l] * rhs[j * k + l]).sum()
+                } else {
+                    -1.0
+                };
+                if let Some(found) = out.get(i * stride + j) {
+                    assert_eq!(*found, expected, "[{i}, {j}]");
+                }
+            }
+        }
+    }
+}

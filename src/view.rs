@@ -1,0 +1,503 @@
+//! Strided views over the tensors of a host.
+
+use std::marker::PhantomData;
+
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+
+use crate::{DType, Error, Result, Tensor};
+
+/// A host's tensor, read where it lies: `[batch, tokens, heads, head dim]`, with any strides.
+///
+/// The order of the dimensions is fixed, the layout in memory is what the strides say:
+/// `[B, L, H·D]` in memory has the strides `[L·H·D, H·D, D, 1]`, `[B, H, L, D]` has
+/// `[H·L·D, D, L·D, 1]`. A stride of 0 repeats.
+#[derive(Debug, Clone, Copy)]
+pub struct TensorView<'a> {
+    data: *const u8,
+    layout: Layout,
+    lifetime: PhantomData<&'a [u8]>,
+}
+
+/// A host's tensor, written where it lies; see [`TensorView`]. No two elements share memory.
+#[derive(Debug)]
+pub struct TensorViewMut<'a> {
+    data: *mut u8,
+    layout: Layout,
+    lifetime: PhantomData<&'a mut [u8]>,
+}
+
+/// What a view is, but for where it is.
+#[derive(Debug, Clone, Copy)]
+struct Layout {
+    dtype: DType,
+    shape: [usize; 4],
+    /// In elements.
+    strides: [isize; 4],
+}
+
+// SAFETY: a view is a shared slice with holes; nothing is written through it.
+unsafe impl Send for TensorView<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for TensorView<'_> {}
+// SAFETY: a mutable view is an exclusive slice with holes.
+unsafe impl Send for TensorViewMut<'_> {}
+
+impl Layout {
+    /// Checks that every element can be addressed from `data`; `argument` is for the error.
+    fn new(
+        argument: &str,
+        data: *const u8,
+        dtype: DType,
+        shape: [usize; 4],
+        strides: [isize; 4],
+    ) -> Result<Self> {
+        let layout = Self {
+            dtype,
+            shape,
+            strides,
+        };
+        if layout.is_empty() {
+            return Ok(layout);
+        }
+        if data.is_null() {
+            let found = format!("NULL for shape {shape:?}");
+            return Err(Error::argument(
+                argument,
+                "a pointer to its elements",
+                found,
+            ));
+        }
+        if data.align_offset(dtype.size()) != 0 {
+            let expected = format!("{dtype} at a multiple of {} bytes", dtype.size());
+            return Err(Error::argument(argument, expected, format!("{data:p}")));
+        }
+        // The distance to the last element, and the number of elements, in bytes.
+        let bytes = |n: isize| n.checked_mul(dtype.size() as isize);
+        let reach = (0..4).try_fold(0isize, |reach, i| {
+            let steps = isize::try_from(shape[i] - 1).ok()?;
+            bytes(steps.checked_mul(strides[i])?.checked_abs()?)?.checked_add(reach)
+        });
+        let count = shape.iter().try_fold(1isize, |count, size| {
+            count.checked_mul(isize::try_from(*size).ok()?)
+        });
+        match (reach, count.and_then(bytes)) {
+            (Some(_), Some(_)) => Ok(layout),
+            _ => Err(Error::argument(
+                argument,
+                "a tensor that fits into memory",
+                format!("shape {shape:?}, strides {strides:?}"),
+            )),
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.shape.contains(&0)
+    }
+
+    /// Whether no two indices lead to the same element.
+    fn is_distinct(&self) -> bool {
+        let mut dims: Vec<(usize, usize)> = (0..4)
+            .filter(|i| self.shape[*i] > 1)
+            .map(|i| (self.strides[i].unsigned_abs(), self.shape[i]))
+            .collect();
+        dims.sort_unstable();
+        let mut reach = 0;
+        dims.iter().all(|(stride, size)| {
+            let distinct = *stride > reach;
+            reach += stride * (size - 1);
+            distinct
+        })
+    }
+
+    /// The same elements with the heads of a token as one, if they are adjacent in memory.
+    fn merge_heads(mut self) -> Option<Self> {
+        let [_, _, heads, dim] = self.shape;
+        let adjacent = heads <= 1 || self.strides[2] == dim as isize * self.strides[3];
+        if heads == 0 || dim == 0 || !adjacent {
+            return None;
+        }
+        (self.shape[2], self.shape[3]) = (1, heads * dim);
+        Some(self)
+    }
+
+    /// Dimensions of size 1 are broadcast: any index into them means 0.
+    fn clamp(&self, index: &mut [usize; 4]) {
+        for (i, size) in index.iter_mut().zip(self.shape) {
+            if size == 1 {
+                *i = 0;
+            }
+        }
+    }
+
+    /// Where a slice of `len` f32 starts at this index, if the elements are adjacent f32.
+    fn f32_slice(&self, index: [usize; 4], len: usize) -> Option<isize> {
+        assert!(index[3] + len <= self.shape[3]);
+        (self.dtype == DType::F32 && self.strides[3] == 1).then(|| self.offset(index))
+    }
+
+    /// The first and the last address of any element; `None` without elements.
+    fn extent(&self, data: *const u8) -> Option<(usize, usize)> {
+        if self.is_empty() {
+            return None;
+        }
+        let size = self.dtype.size() as isize;
+        let reach = |sign: isize| -> isize {
+            let steps = (0..4).map(|i| self.strides[i] * (self.shape[i] as isize - 1));
+            steps.filter(|steps| steps.signum() == sign).sum()
+        };
+        let at = |elements: isize| data.addr().wrapping_add_signed(elements * size);
+        Some((at(reach(-1)), at(reach(1)) + self.dtype.size() - 1))
+    }
+
+    /// Distance in elements from the first element to this one.
+    fn offset(&self, index: [usize; 4]) -> isize {
+        assert!((0..4).all(|i| index[i] < self.shape[i]), "{index:?}");
+        (0..4).map(|i| index[i] as isize * self.strides[i]).sum()
+    }
+}
+
+impl<'a> TensorView<'a> {
+    /// A view of `shape` and `strides` (in elements), whose first element is at `data`. `argument`
+    /// is what errors call it.
+    ///
+    /// # Errors
+    /// When `data` is NULL or misaligned, or the extent overflows.
+    ///
+    /// # Safety
+    /// Every element must be readable, and not be written, for as long as the view lives.
+    pub unsafe fn from_raw(
+        argument: &str,
+        data: *const u8,
+        dtype: DType,
+        shape: [usize; 4],
+        strides: [isize; 4],
+    ) -> Result<Self> {
+        Ok(Self {
+            data,
+            layout: Layout::new(argument, data, dtype, shape, strides)?,
+            lifetime: PhantomData,
+        })
+    }
+
+    /// A view of a dense tensor as `[batch, tokens, heads, head dim]`.
+    ///
+    /// # Errors
+    /// When the tensor has another number of elements.
+    pub fn dense(argument: &str, tensor: &'a Tensor, shape: [usize; 4]) -> Result<Self> {
+        let count = shape
+            .iter()
+            .try_fold(1usize, |n, size| n.checked_mul(*size));
+        let elements = tensor.bytes().len() / tensor.dtype().size();
+        if count != Some(elements) {
+            let found = format!("shape {:?}", tensor.shape());
+            return Err(Error::argument(argument, format!("shape {shape:?}"), found));
+        }
+        let data = tensor.bytes().as_ptr();
+        // SAFETY: dense strides over as many elements as the borrowed tensor has.
+        unsafe { Self::from_raw(argument, data, tensor.dtype(), shape, dense_strides(shape)) }
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.layout.dtype
+    }
+
+    /// `[batch, tokens, heads, head dim]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.layout.shape
+    }
+
+    /// The same memory with the last two dimensions in one or, from one, in two.
+    pub(crate) fn with_heads(self, argument: &str, heads: usize, head_dim: usize) -> Result<Self> {
+        let mut view = self;
+        let Layout { shape, strides, .. } = &mut view.layout;
+        if [shape[2], shape[3]] == [heads, head_dim] {
+            return Ok(view);
+        }
+        if shape[2] != 1 || heads.checked_mul(head_dim) != Some(shape[3]) {
+            let expected = format!("{heads} heads of {head_dim}, or 1 of their product");
+            let found = format!("{} of {}", shape[2], shape[3]);
+            return Err(Error::argument(argument, expected, found));
+        }
+        (shape[2], shape[3]) = (heads, head_dim);
+        // Inside the extent that was checked when the view was made.
+        strides[2] = strides[3] * head_dim as isize;
+        Ok(view)
+    }
+
+    pub(crate) fn merge_heads(self) -> Option<Self> {
+        let layout = self.layout.merge_heads()?;
+        Some(Self { layout, ..self })
+    }
+
+    /// The elements along the last dimension where they can be used as a slice.
+    fn f32_row(&self, mut index: [usize; 4], len: usize) -> Option<&'a [f32]> {
+        self.layout.clamp(&mut index);
+        let offset = self.layout.f32_slice(index, len)?;
+        // SAFETY: as in `read_row`; adjacent elements are a slice.
+        Some(unsafe { std::slice::from_raw_parts(self.data.cast::<f32>().offset(offset), len) })
+    }
+
+    /// Reads the `out.len()` elements along the last dimension from this index on, exactly. Where
+    /// the view has size 1 in a dimension, any index there means 0: it is broadcast.
+    pub(crate) fn read_row(&self, mut index: [usize; 4], out: &mut [f32]) {
+        self.layout.clamp(&mut index);
+        let (stride, size) = (self.layout.strides[3], self.layout.shape[3]);
+        let stride = if size == 1 { 0 } else { stride };
+        assert!(size == 1 || index[3] + out.len() <= size);
+        if out.is_empty() {
+            return;
+        }
+        // SAFETY: first and last index are inside the shape, as asserted here and in `offset`, so that
+        // all elements read are ones that `from_raw` was promised.
+        unsafe {
+            let offset = self.layout.offset(index);
+            match self.layout.dtype {
+                DType::F32 => read(self.data.cast::<f32>().offset(offset), stride, out),
+                DType::F16 => read(self.data.cast::<f16>().offset(offset), stride, out),
+                DType::BF16 => read(self.data.cast::<bf16>().offset(offset), stride, out),
+            }
+        }
+    }
+}
+
+impl<'a> TensorViewMut<'a> {
+    /// A view to write through; see [`TensorView::from_raw`].
+    ///
+    /// # Errors
+    /// Also when two elements would share memory.
+    ///
+    /// # Safety
+    /// Every element must be readable and writable, and used by nobody else, for as long as the
+    /// view lives.
+    pub unsafe fn from_raw(
+        argument: &str,
+        data: *mut u8,
+        dtype: DType,
+        shape: [usize; 4],
+        strides: [isize; 4],
+    ) -> Result<Self> {
+        let layout = Layout::new(argument, data, dtype, shape, strides)?;
+        if !layout.is_empty() && !layout.is_distinct() {
+            let found = format!("shape {shape:?} with strides {strides:?}");
+            return Err(Error::argument(
+                argument,
+                "elements that do not overlap",
+                found,
+            ));
+        }
+        Ok(Self {
+            data,
+            layout,
+            lifetime: PhantomData,
+        })
+    }
+
+    /// A view of dense elements that were just allocated.
+    pub(crate) fn dense(out: &'a mut [f32], shape: [usize; 4]) -> Self {
+        assert_eq!(shape.iter().product::<usize>(), out.len());
+        let layout = Layout {
+            dtype: DType::F32,
+            shape,
+            strides: dense_strides(shape),
+        };
+        Self {
+            data: out.as_mut_ptr().cast(),
+            layout,
+            lifetime: PhantomData,
+        }
+    }
+
+    /// The element type.
+    pub fn dtype(&self) -> DType {
+        self.layout.dtype
+    }
+
+    /// `[batch, tokens, heads, head dim]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.layout.shape
+    }
+
+    /// The same elements, to be read until they are next written.
+    pub(crate) fn as_read(&self) -> TensorView<'_> {
+        TensorView {
+            data: self.data,
+            layout: self.layout,
+            lifetime: PhantomData,
+        }
+    }
+
+    pub(crate) fn reborrow(&mut self) -> TensorViewMut<'_> {
+        TensorViewMut {
+            data: self.data,
+            layout: self.layout,
+            lifetime: PhantomData,
+        }
+    }
+
+    pub(crate) fn merge_heads(&mut self) -> Option<TensorViewMut<'_>> {
+        let layout = self.layout.merge_heads()?;
+        Some(TensorViewMut {
+            layout,
+            ..self.reborrow()
+        })
+    }
+
+    /// Whether the memory that this view spans overlaps that of another.
+    pub(crate) fn overlaps(&self, other: &TensorView<'_>) -> bool {
+        match (
+            self.layout.extent(self.data),
+            other.layout.extent(other.data),
+        ) {
+            (Some((first, last)), Some((start, end))) => first <= end && start <= last,
+            _ => false,
+        }
+    }
+
+    /// Copies `[1, tokens, 1, width]` into a view of as many elements and any number of heads.
+    pub(crate) fn copy_from(&mut self, argument: &str, from: TensorView<'_>) -> Result<()> {
+        let [batch, tokens, heads, dim] = self.layout.shape;
+        let [_, expected, _, width] = from.layout.shape;
+        if (batch, tokens) != (1, expected) || heads.checked_mul(dim) != Some(width) {
+            let expected = format!("shape [1, {expected}, heads, {width} / heads]");
+            let found = format!("shape {:?}", self.layout.shape);
+            return Err(Error::argument(argument, expected, found));
+        }
+        let from = from.with_heads(argument, heads, dim)?;
+        let mut row = vec![0.0; dim];
+        for t in 0..tokens {
+            for h in 0..heads {
+                from.read_row([0, t, h, 0], &mut row);
+                self.write_row([0, t, h, 0], &row);
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds `scale` times a row of another view to the row from this index on. `scratch` has two
+    /// rows for elements that must be converted.
+    pub(crate) fn add_row(
+        &mut self,
+        index: [usize; 4],
+        scale: f32,
+        (other, other_index): (TensorView<'_>, [usize; 4]),
+        scratch: &mut [Vec<f32>; 2],
+    ) {
+        let [sum, added] = scratch;
+        let added = match other.f32_row(other_index, sum.len()) {
+            Some(row) => row,
+            None => {
+                other.read_row(other_index, added);
+                added
+            }
+        };
+        let add = |sum: &mut [f32]| {
+            for (x, a) in sum.iter_mut().zip(added) {
+                *x += scale * a;
+            }
+        };
+        if let Some(row) = self.f32_row(index, sum.len()) {
+            return add(row);
+        }
+        self.as_read().read_row(index, sum);
+        add(sum);
+        self.write_row(index, sum);
+    }
+
+    /// The elements along the last dimension where they can be used as a slice.
+    fn f32_row(&mut self, index: [usize; 4], len: usize) -> Option<&mut [f32]> {
+        let offset = self.layout.f32_slice(index, len)?;
+        // SAFETY: as in `read_row`; the view is exclusive.
+        Some(unsafe { std::slice::from_raw_parts_mut(self.data.cast::<f32>().offset(offset), len) })
+    }
+
+    /// Writes `values` along the last dimension from this index on, rounded to nearest even.
+    pub(crate) fn write_row(&mut self, index: [usize; 4], values: &[f32]) {
+        assert!(index[3] + values.len() <= self.layout.shape[3]);
+        if values.is_empty() {
+            return;
+        }
+        let stride = self.layout.strides[3];
+        // SAFETY: as in `read_row`; the view is exclusive.
+        unsafe {
+            let offset = self.layout.offset(index);
+            match self.layout.dtype {
+                DType::F32 => write(self.data.cast::<f32>().offset(offset), stride, values),
+                DType::F16 => write(self.data.cast::<f16>().offset(offset), stride, values),
+                DType::BF16 => write(self.data.cast::<bf16>().offset(offset), stride, values),
+            }
+        }
+    }
+}
+
+/// The strides of a dense row-major tensor.
+pub(crate) fn dense_strides(shape: [usize; 4]) -> [isize; 4] {
+    let mut strides = [1; 4];
+    for i in (0..3).rev() {
+        strides[i] = strides[i + 1] * shape[i + 1] as isize;
+    }
+    strides
+}
+
+/// An element type, converted a slice at a time where the elements are adjacent.
+trait Element: Copy {
+    fn widen(from: &[Self], to: &mut [f32]);
+    fn narrow(from: &[f32], to: &mut [Self]);
+}
+
+impl Element for f32 {
+    fn widen(from: &[Self], to: &mut [f32]) {
+        to.copy_from_slice(from);
+    }
+
+    fn narrow(from: &[f32], to: &mut [Self]) {
+        to.copy_from_slice(from);
+    }
+}
+
+macro_rules! half_element {
+    ($($type:ty),*) => {$(
+        impl Element for $type {
+            fn widen(from: &[Self], to: &mut [f32]) {
+                from.convert_to_f32_slice(to);
+            }
+
+            fn narrow(from: &[f32], to: &mut [Self]) {
+                to.convert_from_f32_slice(from);
+            }
+        }
+    )*};
+}
+half_element!(f16, bf16);
+
+/// # Safety
+/// `out.len()` elements, `stride` apart, must be readable from `data` on.
+unsafe fn read<T: Element>(data: *const T, stride: isize, out: &mut [f32]) {
+    if stride == 1 {
+        // SAFETY: the caller's promise; nothing writes the elements while the slice lives.
+        T::widen(unsafe { std::slice::from_raw_parts(data, out.len()) }, out);
+        return;
+    }
+    for (i, x) in out.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        let element = unsafe { data.offset(i as isize * stride).read() };
+        T::widen(&[element], std::slice::from_mut(x));
+    }
+}
+
+/// # Safety
+/// `values.len()` elements, `stride` apart, must be writable from `data` on.
+unsafe fn write<T: Element + Default>(data: *mut T, stride: isize, values: &[f32]) {
+    if stride == 1 {
+        // SAFETY: the caller's promise; nothing else uses the elements while the slice lives.
+        let out = unsafe { std::slice::from_raw_parts_mut(data, values.len()) };
+        T::narrow(values, out);
+        return;
+    }
+    for (i, x) in values.iter().enumerate() {
+        let mut element = [T::default()];
+        T::narrow(std::slice::from_ref(x), &mut element);
+        // SAFETY: the caller's promise.
+        unsafe { data.offset(i as isize * stride).write(element[0]) };
+    }
+}
