@@ -3,10 +3,15 @@ PYTHON ?= python3.11
 PY := .venv/bin/python
 # Where the shared library that cargo builds has another suffix, as on macOS.
 NATIVE := $(if $(filter Darwin,$(shell uname)),dylib,so)
-RUST_SOURCES := $(shell find src bindings benches tests/rust -name '*.rs') Cargo.toml \
-	bindings/python/Cargo.toml Cargo.lock
+RUST_SOURCES := $(shell find src bindings benches tests/rust examples/rust -name '*.rs') build.rs \
+	Cargo.toml bindings/python/Cargo.toml Cargo.lock
+TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
+PREFIX ?= /usr/local
+# How long each fuzz target runs.
+FUZZ_SECONDS ?= 120
 
-.PHONY: help setup test test-full lint demo demo-report bench requirements clean
+.PHONY: help setup test test-c test-full fuzz lint demo demo-report bench bench-c headers install \
+	requirements clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -26,14 +31,35 @@ python/vmix/_native.abi3.so: $(RUST_SOURCES)
 	# Renamed into place: a module that a running process has mapped must not change.
 	cp target/debug/lib_native.$(NATIVE) $@.new && mv $@.new $@
 
-test: setup ## the tests; under 15 minutes on two cores, set-up included
+test: setup ## all tests but the slow ones; under 25 minutes on two cores, set-up included
 	cargo test --locked --workspace
 	$(PY) -m pytest
+	$(MAKE) test-c
 
-test-full: setup ## also the slow tests, and the wheel in an empty environment
+test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hosts, sanitizers, fuzzing
+	cargo test --locked --workspace --features vmix-adapter/headers --test headers
+	$(PY) -m pytest -rs tests/c
+	fuzz/run.sh 15
+
+test-full: setup test-c ## also the slow tests, and the wheel in an empty environment
 	cargo test --locked --workspace
 	$(PY) -m pytest -m ''
 	tests/wheel.sh
+
+# The library with AddressSanitizer and coverage, and the fuzz targets.
+fuzz/target/ready: $(RUST_SOURCES) $(wildcard fuzz/fuzz_targets/*.rs) fuzz/Cargo.toml fuzz/Cargo.lock
+	fuzz/build.sh
+	touch $@
+
+# The library with ThreadSanitizer. The standard library comes without, but its locks are seen.
+target/tsan/ready: $(RUST_SOURCES)
+	RUSTC_BOOTSTRAP=1 CARGO_PROFILE_DEV_OPT_LEVEL=1 \
+		RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" \
+		cargo build --locked --lib --target $(TARGET) --target-dir target/tsan
+	touch $@
+
+fuzz: fuzz/target/ready ## FUZZ_SECONDS of arbitrary files, and of arbitrary sequences of C calls
+	fuzz/run.sh $(FUZZ_SECONDS)
 
 lint: setup ## formatters, clippy, ruff, mypy and the stubs of the native module
 	cargo fmt --all --check
@@ -56,9 +82,25 @@ bench: .venv/ready ## ratios to vanilla diffusers and to safetensors + torch
 	$(PY) benches/bench_values.py
 	$(PY) benches/bench_diffusers.py
 
+bench-c: target/release/libvmix.a ## nanoseconds per call of the C library, and mixing against memcpy
+	gcc -O2 -std=c11 -Iinclude benches/bench_c.c target/release/libvmix.a -lpthread -ldl -lm \
+		-o target/release/bench_c
+	target/release/bench_c examples/demo/adapter.safetensors
+
+headers: setup ## include/vmix.h and vmix_types.h from src/ffi
+	VMIX_WRITE_HEADERS=1 cargo test --locked --workspace --features vmix-adapter/headers --test headers
+
+# By rustc's own list of crate types: with the rlib among them there is no link-time optimisation.
+target/release/libvmix.a: $(RUST_SOURCES)
+	cargo rustc --locked --release --lib --crate-type cdylib --crate-type staticlib
+	touch $@
+
+install: target/release/libvmix.a ## the C library, headers, vmix.pc and CMake package, into PREFIX
+	PREFIX="$(PREFIX)" packaging/install.sh
+
 requirements: .venv/ready ## pins the newest versions of everything in requirements-dev.txt
 	.venv/bin/uv pip compile --quiet --universal --upgrade --extra dev --python-version 3.11 \
 		--no-emit-package vmix-adapter pyproject.toml -o requirements-dev.txt
 
 clean:
-	rm -rf target .venv out python/vmix/_native.abi3.so
+	rm -rf target fuzz/target .venv out python/vmix/_native.abi3.so

@@ -298,11 +298,12 @@ typedef struct VmixValuesParams {
     size_t struct_size;
     /**
      * The weight of every label in the file's order: 0 is the negative, 1 the positive, anything
-     * between or beyond a point on the line through both. NULL for the file's defaults.
+     * between or beyond a point on the line through both. A label that is not wanted has 0, as in
+     * the paper; vmix_adapter_label_find() gives the index of a name.
      */
     const float *weights;
     /**
-     * Number of weights: exactly the number of labels, or 0 with NULL.
+     * Number of weights: the number of labels, or 0 for the file's defaults.
      */
     size_t weight_count;
     /**
@@ -367,11 +368,11 @@ typedef struct VmixAttentionParams {
      */
     const struct VmixView *aes_value;
     /**
-     * λ: one for all, or one per batch entry. May be NULL if aes_value is.
+     * λ: one for all, or one per batch entry. None are needed if aes_value is NULL.
      */
     const float *strength;
     /**
-     * 1 or B; 0 with NULL.
+     * 1 or B; 0 for none.
      */
     size_t strength_count;
     /**
@@ -465,7 +466,7 @@ typedef struct VmixAttentionParams {
 #define VMIX_PASS_UNCOND 2
 
 /** The version of this header; see "ABI" in vmix.h. */
-#define VMIX_ABI_VERSION ((uint32_t)VMIX_ABI_MAJOR << 16 | VMIX_ABI_MINOR)
+#define VMIX_ABI_VERSION (VMIX_ABI_MAJOR * 65536u + VMIX_ABI_MINOR)
 
 /** Whether a library of this vmix_abi_version() has all that this header has. */
 #define VMIX_ABI_COMPATIBLE(version) \

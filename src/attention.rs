@@ -96,7 +96,7 @@ impl<'a> Attention<'a> {
             .aes_value
             .map(|v| fit_aes_value(v, batch, keys, heads, dim))
             .transpose()?;
-        if output.shape().contains(&0) && map.is_none() {
+        if [batch, queries, heads].contains(&0) || dim == 0 && map.is_none() {
             return Ok(());
         }
         if keys == 0 || dim == 0 {
@@ -193,6 +193,9 @@ pub fn mix_values(
     let [batch, keys, heads, dim] = value.shape();
     let strengths = Strengths::new(strength, batch)?;
     let aes_value = fit_aes_value(aes_value, batch, keys, heads, dim)?;
+    if value.shape().contains(&0) {
+        return Ok(());
+    }
     if value.overlaps(&aes_value) {
         let expected = "memory that the values do not span";
         return Err(Error::argument("aes_value", expected, "memory they do"));
@@ -204,7 +207,7 @@ pub fn mix_values(
     };
     let tokens = aes_value.shape()[1];
     let [_, _, heads, dim] = value.shape();
-    let mut scratch = [zeros(dim)?, zeros(dim)?];
+    let mut scratch = [Vec::new(), Vec::new()];
     for b in 0..batch {
         let strength = strengths.of(b);
         if strength == 0.0 {
@@ -213,7 +216,7 @@ pub fn mix_values(
         for t in 0..keys {
             for h in 0..heads {
                 let added = (aes_value, [b, t % tokens, h, 0]);
-                value.add_row([b, t, h, 0], strength, added, &mut scratch);
+                value.add_row([b, t, h, 0], dim, strength, added, &mut scratch);
             }
         }
     }
@@ -246,7 +249,7 @@ pub fn attention(
     let aes_value = TensorView::dense("aes_value", aes_value, [1, tokens, 1, width])?;
     attention.aes_value = Some(aes_value);
     attention.strength = std::slice::from_ref(&strength);
-    let mut out = zeros(query.shape().iter().product())?;
+    let mut out = zeros(query.bytes().len() / query.dtype().size())?;
     let mut output = TensorViewMut::dense(&mut out, query_view.shape());
     attention.forward(&mut output, None)?;
     Ok(Tensor::rounded(query.shape(), out, query.dtype()))
@@ -257,7 +260,7 @@ fn split_heads<'a>(argument: &str, tensor: &'a Tensor, heads: usize) -> Result<T
         let expected = "shape [batch, tokens, heads · head dim]";
         return Err(Error::argument(argument, expected, shape_of(tensor)));
     };
-    if heads == 0 || width == 0 || width % heads != 0 {
+    if heads == 0 || width == 0 || !width.is_multiple_of(heads) {
         let expected = format!("a divisor of the width {width} of {argument}");
         return Err(Error::argument("heads", expected, heads.to_string()));
     }
@@ -302,7 +305,7 @@ fn fit_aes_value<'a>(
         let expected = format!("1 batch entry, or {batch}");
         return Err(Error::argument(NAME, expected, entries.to_string()));
     }
-    if tokens == 0 || keys % tokens != 0 {
+    if tokens == 0 || !keys.is_multiple_of(tokens) {
         let expected = format!("a multiple of the {tokens} tokens of aes_value");
         return Err(Error::argument(
             "number of keys",

@@ -3,10 +3,10 @@
 use std::{collections::BTreeMap, fs, io, io::Write, ops::Range, path::Path, sync::OnceLock};
 
 use memmap2::Mmap;
-use safetensors::SafeTensors;
+use safetensors::{SafeTensorError, SafeTensors};
 use sha2::{Digest, Sha256};
 
-use crate::{DType, Error, Result, Tensor};
+use crate::{DType, Error, Result, Tensor, json::UniqueHeader};
 
 /// A safetensors file whose header has been read and checked.
 #[derive(Debug)]
@@ -62,12 +62,15 @@ impl File {
     }
 
     fn parse(name: String, bytes: Bytes) -> Result<Self> {
-        let (header_len, header) =
-            SafeTensors::read_metadata(bytes.as_ref()).map_err(|source| Error::Safetensors {
-                file: name.clone(),
-                source,
-            })?;
+        let refused = |source| Error::Safetensors {
+            file: name.clone(),
+            source,
+        };
+        let (header_len, header) = SafeTensors::read_metadata(bytes.as_ref()).map_err(refused)?;
         let data_start = size_of::<u64>() + header_len;
+        let json = &bytes.as_ref()[size_of::<u64>()..data_start];
+        serde_json::from_slice::<UniqueHeader>(json)
+            .map_err(|e| refused(SafeTensorError::InvalidHeaderDeserialization(e)))?;
         let entries = header
             .tensors()
             .into_iter()
@@ -276,7 +279,7 @@ pub(crate) fn serialize<'a>(
     let file = safetensors::serialize(tensors, None).map_err(refused)?;
     let (len, _) = SafeTensors::read_metadata(&file).map_err(refused)?;
     let (header, data) = file[size_of::<u64>()..].split_at(len);
-    let json = |e| refused(safetensors::SafeTensorError::JsonError(e));
+    let json = |e| refused(SafeTensorError::JsonError(e));
     let mut header: BTreeMap<String, serde_json::Value> =
         serde_json::from_slice(header).map_err(json)?;
     let metadata = serde_json::to_value(metadata).map_err(json)?;

@@ -4,7 +4,10 @@ use std::collections::{BTreeMap, HashSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, nearest};
+use crate::{
+    error::{Error, nearest},
+    json::unique_keys,
+};
 
 /// One aesthetic label: y_a and its counterpart ŷ_a.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -25,7 +28,7 @@ pub struct Label {
     #[serde(default)]
     pub neutral: Option<f32>,
     /// Names to show, by language tag.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "unique_keys")]
     pub display_names: BTreeMap<String, String>,
 }
 
@@ -111,6 +114,16 @@ impl Labels {
             }
             if !seen.insert(&label.name) {
                 return Err(format!("two labels named `{}`", label.name));
+            }
+            // C hosts get these as strings that end at their first NUL.
+            let texts = [
+                &label.name,
+                &label.dimension,
+                &label.positive,
+                &label.negative,
+            ];
+            if texts.iter().any(|text| text.contains('\0')) {
+                return Err(format!("label {:?} with a NUL character", label.name));
             }
             // serde_json turns numbers beyond f32 into infinities.
             if !label.default.is_finite() || !label.neutral.unwrap_or(0.0).is_finite() {
@@ -236,6 +249,10 @@ mod tests {
             (
                 r#"[{"name": "a", "positive": "a", "negative": "b", "default": 1e39}]"#.to_owned(),
                 "infinite",
+            ),
+            (
+                format!("[{}]", label(r"a\u0000b")),
+                r#"label "a\0b" with a NUL character"#,
             ),
             ("{}".to_owned(), "expected a sequence"),
         ] {

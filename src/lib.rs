@@ -26,6 +26,7 @@ mod error;
 #[cfg(feature = "capi")]
 mod ffi;
 mod file;
+mod json;
 mod labels;
 mod metadata;
 mod preset;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{Base, Error, Labels, Result, file::File};
+use crate::{Base, Error, Labels, Result, file::File, json::UniqueKeys};
 
 /// Defines an enum whose variants have a name in files.
 macro_rules! named {
@@ -198,5 +198,6 @@ pub(crate) fn layer_map<T: serde::de::DeserializeOwned>(
 ) -> Result<BTreeMap<String, T>> {
     let json = file.meta(key, expected)?;
     serde_json::from_str(json)
+        .map(|UniqueKeys(map)| map)
         .map_err(|e: serde_json::Error| -> Error { file.meta_error(key, expected, e.to_string()) })
 }

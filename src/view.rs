@@ -57,7 +57,9 @@ impl Layout {
             strides,
         };
         if layout.is_empty() {
-            return Ok(layout);
+            // Nothing will be addressed: whatever strides came cannot overflow anything.
+            let strides = [0; 4];
+            return Ok(Self { strides, ..layout });
         }
         if data.is_null() {
             let found = format!("NULL for shape {shape:?}");
@@ -96,24 +98,27 @@ impl Layout {
 
     /// Whether no two indices lead to the same element.
     fn is_distinct(&self) -> bool {
-        let mut dims: Vec<(usize, usize)> = (0..4)
-            .filter(|i| self.shape[*i] > 1)
-            .map(|i| (self.strides[i].unsigned_abs(), self.shape[i]))
-            .collect();
+        let mut dims = [(0, 1); 4];
+        for ((dim, stride), size) in dims.iter_mut().zip(self.strides).zip(self.shape) {
+            *dim = (stride.unsigned_abs(), size);
+        }
         dims.sort_unstable();
         let mut reach = 0;
-        dims.iter().all(|(stride, size)| {
-            let distinct = *stride > reach;
-            reach += stride * (size - 1);
-            distinct
-        })
+        dims.iter()
+            .filter(|(_, size)| *size > 1)
+            .all(|(stride, size)| {
+                let distinct = *stride > reach;
+                reach += stride * (size - 1);
+                distinct
+            })
     }
 
     /// The same elements with the heads of a token as one, if they are adjacent in memory.
     fn merge_heads(mut self) -> Option<Self> {
         let [_, _, heads, dim] = self.shape;
-        let adjacent = heads <= 1 || self.strides[2] == dim as isize * self.strides[3];
-        if heads == 0 || dim == 0 || !adjacent {
+        let adjacent =
+            heads == 1 || Some(self.strides[2]) == self.strides[3].checked_mul(dim as isize);
+        if self.is_empty() || !adjacent {
             return None;
         }
         (self.shape[2], self.shape[3]) = (1, heads * dim);
@@ -374,19 +379,21 @@ impl<'a> TensorViewMut<'a> {
         Ok(())
     }
 
-    /// Adds `scale` times a row of another view to the row from this index on. `scratch` has two
-    /// rows for elements that must be converted.
+    /// Adds `scale` times a row of another view to the `len` elements from this index on. `scratch`
+    /// becomes two rows for elements that must be converted.
     pub(crate) fn add_row(
         &mut self,
         index: [usize; 4],
+        len: usize,
         scale: f32,
         (other, other_index): (TensorView<'_>, [usize; 4]),
         scratch: &mut [Vec<f32>; 2],
     ) {
         let [sum, added] = scratch;
-        let added = match other.f32_row(other_index, sum.len()) {
+        let added = match other.f32_row(other_index, len) {
             Some(row) => row,
             None => {
+                added.resize(len, 0.0);
                 other.read_row(other_index, added);
                 added
             }
@@ -396,9 +403,10 @@ impl<'a> TensorViewMut<'a> {
                 *x += scale * a;
             }
         };
-        if let Some(row) = self.f32_row(index, sum.len()) {
+        if let Some(row) = self.f32_row(index, len) {
             return add(row);
         }
+        sum.resize(len, 0.0);
         self.as_read().read_row(index, sum);
         add(sum);
         self.write_row(index, sum);
@@ -430,8 +438,11 @@ impl<'a> TensorViewMut<'a> {
     }
 }
 
-/// The strides of a dense row-major tensor.
+/// The strides of a dense row-major tensor whose elements fit into memory.
 pub(crate) fn dense_strides(shape: [usize; 4]) -> [isize; 4] {
+    if shape.contains(&0) {
+        return [0; 4];
+    }
     let mut strides = [1; 4];
     for i in (0..3).rev() {
         strides[i] = strides[i + 1] * shape[i + 1] as isize;

@@ -1,5 +1,9 @@
 //! Adapters: any selection of their labels.
 
+// Of every unsafe block of an exported function here: vmix.h asks for pointers that are valid, what can
+// be seen of that is checked by `argument`, and handles are alive until they are freed.
+#![expect(clippy::undocumented_unsafe_blocks, reason = "said once, above")]
+
 use std::ffi::{CStr, c_void};
 
 use safer_ffi::{c_char, ffi_export};
@@ -42,24 +46,21 @@ unsafe fn vmix_open(
     adapter: *mut *mut VmixAdapter,
     values: *mut *mut VmixValues,
 ) -> VmixStatus {
-    boundary(|| {
-        // SAFETY: the header asks for valid pointers; NULL is refused. So in all of this file.
-        unsafe {
-            let path = argument::path("path", path.cast())?;
-            let adapter = Out::new("adapter", adapter)?;
-            let values = Out::new("values", values)?;
-            match crate::open(path)? {
-                Opened::Adapter(opened) => {
-                    adapter.write(VmixAdapter::boxed(opened));
-                    values.write(std::ptr::null_mut());
-                }
-                Opened::Preset(opened) => {
-                    adapter.write(std::ptr::null_mut());
-                    values.write(VmixValues::boxed(opened));
-                }
+    boundary(|| unsafe {
+        let path = argument::path("path", path.cast())?;
+        let adapter = Out::new("adapter", adapter)?;
+        let values = Out::new("values", values)?;
+        match crate::open(path)? {
+            Opened::Adapter(opened) => {
+                adapter.write(VmixAdapter::boxed(opened));
+                values.write(std::ptr::null_mut());
             }
-            Ok(())
+            Opened::Preset(opened) => {
+                adapter.write(std::ptr::null_mut());
+                values.write(VmixValues::boxed(opened));
+            }
         }
+        Ok(())
     })
 }
 
@@ -244,7 +245,7 @@ unsafe fn vmix_adapter_layer_find(
 /// f_t, the features of a selection looked up in AesEmb (paper, section 3.3): row-major
 /// `[label_count, context_dim]`, which `out_count` must equal exactly.
 ///
-/// `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
+/// `weights`: one per label, or `weight_count` 0 for the file's defaults.
 /// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE.
 #[ffi_export]
 unsafe fn vmix_adapter_aes_embed(
@@ -268,7 +269,7 @@ unsafe fn vmix_adapter_aes_embed(
 /// `[context_tokens, context_dim]`, which `out_count` must equal exactly. Where the adapter has no
 /// value weights of its own, the host's to_v turns it into V_a.
 ///
-/// `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
+/// `weights`: one per label, or `weight_count` 0 for the file's defaults.
 /// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE.
 #[ffi_export]
 unsafe fn vmix_adapter_project(
@@ -341,7 +342,8 @@ unsafe fn selection(
     count: usize,
     adapter: &Adapter,
 ) -> Result<Selection> {
-    if weights.is_null() && count == 0 {
+    // An empty C++ vector may have any address.
+    if count == 0 {
         return Ok(Selection::Default);
     }
     // SAFETY: the caller's promise.

@@ -100,7 +100,7 @@ pub(super) unsafe fn path<'a>(
     unsafe { text(argument, pointer) }.map(AsRef::as_ref)
 }
 
-/// `count` numbers; NULL is allowed for none.
+/// `count` elements; any pointer will do for none.
 ///
 /// # Safety
 /// That many elements must be readable at the pointer for as long as `'a`.
@@ -109,7 +109,7 @@ pub(super) unsafe fn slice<'a, T>(
     pointer: *const T,
     count: usize,
 ) -> Result<&'a [T]> {
-    if pointer.is_null() && count == 0 {
+    if count == 0 {
         return Ok(&[]);
     }
     check_pointer(argument, pointer)?;
@@ -343,12 +343,13 @@ fn distances(argument: &str, strides: [i64; 4]) -> Result<[isize; 4]> {
 /// # Safety
 /// A pointer that is not NULL must lead to a view whose elements are readable for as long as `'a`.
 pub(super) unsafe fn view<'a>(argument: &str, pointer: *const VmixView) -> Result<TensorView<'a>> {
-    // SAFETY: the caller's promise, here and below.
+    // SAFETY: the caller's promise.
     let view = unsafe { read_struct(argument, pointer)? };
     let shape = sizes(argument, view.shape)?;
     let strides = distances(argument, view.strides)?;
     let dtype = dtype(argument, view.dtype)?;
     let data = view.data.cast();
+    // SAFETY: the caller's promise; what overflows is refused.
     Ok(unsafe { TensorView::from_raw(argument, data, dtype, shape, strides)? })
 }
 
@@ -375,12 +376,13 @@ pub(super) unsafe fn view_mut<'a>(
     argument: &str,
     pointer: *const VmixViewMut,
 ) -> Result<TensorViewMut<'a>> {
-    // SAFETY: the caller's promise, here and below.
+    // SAFETY: the caller's promise.
     let view = unsafe { read_struct(argument, pointer)? };
     let shape = sizes(argument, view.shape)?;
     let strides = distances(argument, view.strides)?;
     let dtype = dtype(argument, view.dtype)?;
     let data: *mut c_void = view.data;
+    // SAFETY: the caller's promise; what overflows or overlaps itself is refused.
     Ok(unsafe { TensorViewMut::from_raw(argument, data.cast(), dtype, shape, strides)? })
 }
 
@@ -426,6 +428,7 @@ mod tests {
 
     #[test]
     fn structs_of_later_callers_are_read_if_what_is_new_is_zero() {
+        // SAFETY: a struct that is as long as it says, but for those that are refused for it.
         let read = |later: &Later| unsafe {
             read_struct("layer", (&raw const *later).cast::<VmixLayer>())
         };
@@ -447,10 +450,12 @@ mod tests {
     #[test]
     fn structs_of_later_callers_are_filled_with_zeros() {
         let mut to = later([5, 6]);
+        // SAFETY: a struct that is as long as it says.
         let out = unsafe { OutStruct::new("layer", (&raw mut to).cast::<VmixLayer>()) };
         let mut value = to.layer;
         value.inner_dim = 3;
         value.struct_size = 0;
+        // SAFETY: as above.
         unsafe { out.unwrap().write(value) };
         assert_eq!(to.layer.inner_dim, 3);
         assert_eq!(to.layer.struct_size, size_of::<Later>());

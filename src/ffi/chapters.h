@@ -19,12 +19,25 @@
  *       vmix_values_layer_find(values, "middle_block.1.transformer_blocks.0.attn2", &layer);
  *       VmixView v_a = {.struct_size = sizeof v_a};
  *       vmix_values_get(values, layer, VMIX_PASS_COND, &v_a);
- *
- *       VmixViewMut v = vmix_view_mut(v_data, VMIX_DTYPE_F32, batch, 77 * k, heads, head_dim);
- *       VmixMixParams mix = {sizeof mix, &v, &v_a, &lambda, 1};  // after to_v, in every step
- *       vmix_mix_values(&mix);
+ *       if (v_a.data != NULL) {                                // in every step, after to_v
+ *           VmixViewMut v = vmix_view_mut(v_data, VMIX_DTYPE_F32, batch, 77 * k, heads, head_dim);
+ *           VmixMixParams mix = {sizeof mix, &v, &v_a, &lambda, 1};
+ *           vmix_mix_values(&mix);
+ *       }                                                      // NULL: nothing in this pass
  *
  *   or adds v_a.data itself, on whatever device it has its values. docs/c-api.md says more.
+ *
+ * FUNCTIONS, BY TASK (below they are in alphabetical order)
+ *
+ *   open a file        vmix_open; vmix_adapter_open, vmix_values_open, and _open_memory of both
+ *   what it holds      vmix_adapter_info, _label, _label_find, _label_display_name, _layer,
+ *                      _layer_find, _metadata; the same of vmix_values_
+ *   choose labels      vmix_adapter_values; its steps: vmix_adapter_aes_embed, vmix_adapter_project
+ *   use V_a            vmix_values_get, vmix_values_copy, vmix_mix_values, vmix_attention
+ *   keep it            vmix_values_save
+ *   check, free        vmix_adapter_validate, vmix_adapter_free, vmix_values_free
+ *   the library        vmix_abi_version, vmix_version, vmix_build_info, vmix_last_error,
+ *                      vmix_status_name
  *
  * LINKING
  *
@@ -33,7 +46,9 @@
  *   Windows  cl host.c /I include vmix.dll.lib                   vmix.dll; static: vmix.lib
  *   CMake    find_package(vmix CONFIG REQUIRED), then vmix::vmix or vmix::static
  *
- *   The static library needs what `pkg-config --static --libs vmix` adds (threads, math, dl).
+ *   Statically with pkg-config: $(pkg-config --variable=static_libs vmix) instead of --libs. After
+ *   an install into /usr/local, Linux wants an ldconfig; a library elsewhere is found at run time
+ *   through -Wl,-rpath, LD_LIBRARY_PATH or, on macOS, -Wl,-rpath alone.
  *
  * OWNERSHIP
  *

@@ -1,5 +1,5 @@
 /** The version of this header; see "ABI" in vmix.h. */
-#define VMIX_ABI_VERSION ((uint32_t)VMIX_ABI_MAJOR << 16 | VMIX_ABI_MINOR)
+#define VMIX_ABI_VERSION (VMIX_ABI_MAJOR * 65536u + VMIX_ABI_MINOR)
 
 /** Whether a library of this vmix_abi_version() has all that this header has. */
 #define VMIX_ABI_COMPATIBLE(version) \

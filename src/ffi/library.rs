@@ -37,8 +37,8 @@ fn vmix_build_info() -> *const c_char {
 }
 
 /// What went wrong in the last call of this thread that failed: one sentence of UTF-8 that names the
-/// thing, what was expected and what was found. Empty before the first failure. The string
-/// belongs to the thread and lives until the thread's next failure or end.
+/// thing, what was expected and what was found. Empty before the first failure; calls that succeed
+/// leave it as it is. The string belongs to the thread, and lives until its next failure or end.
 #[ffi_export]
 fn vmix_last_error() -> *const c_char {
     last_error().cast()

@@ -204,9 +204,10 @@ pub struct VmixValuesParams {
     /// sizeof(VmixValuesParams)
     pub struct_size: usize,
     /// The weight of every label in the file's order: 0 is the negative, 1 the positive, anything
-    /// between or beyond a point on the line through both. NULL for the file's defaults.
+    /// between or beyond a point on the line through both. A label that is not wanted has 0, as in
+    /// the paper; vmix_adapter_label_find() gives the index of a name.
     pub weights: *const f32,
-    /// Number of weights: exactly the number of labels, or 0 with NULL.
+    /// Number of weights: the number of labels, or 0 for the file's defaults.
     pub weight_count: usize,
     /// Which passes the values are for; VMIX_APPLY_TO_DEFAULT as the file says.
     pub apply_to: VmixApplyTo,
@@ -245,9 +246,9 @@ pub struct VmixAttentionParams {
     pub value: *const VmixView,
     /// V_a, `{1 or B, C, H, D}` or `{1 or B, C, 1, H*D}`; NULL for ordinary attention.
     pub aes_value: *const VmixView,
-    /// λ: one for all, or one per batch entry. May be NULL if aes_value is.
+    /// λ: one for all, or one per batch entry. None are needed if aes_value is NULL.
     pub strength: *const f32,
-    /// 1 or B; 0 with NULL.
+    /// 1 or B; 0 for none.
     pub strength_count: usize,
     /// What scores are multiplied with; 0 for 1/√D.
     pub scale: f32,

@@ -1,5 +1,9 @@
 //! Values: V_a of every layer for one selection; what a preset file holds.
 
+// Of every unsafe block of an exported function here: vmix.h asks for pointers that are valid, what can
+// be seen of that is checked by `argument`, and handles are alive until they are freed.
+#![expect(clippy::undocumented_unsafe_blocks, reason = "said once, above")]
+
 use std::ffi::c_void;
 
 use safer_ffi::{c_char, ffi_export};
@@ -49,14 +53,11 @@ impl VmixValues {
 /// Statuses: NULL_ARGUMENT, IO, INVALID_FILE.
 #[ffi_export]
 unsafe fn vmix_values_open(path: *const c_char, out: *mut *mut VmixValues) -> VmixStatus {
-    boundary(|| {
-        // SAFETY: the header asks for valid pointers; NULL is refused. So in all of this file.
-        unsafe {
-            let path = argument::path("path", path.cast())?;
-            let out = Out::new("out", out)?;
-            out.write(VmixValues::boxed(Values::open(path)?));
-            Ok(())
-        }
+    boundary(|| unsafe {
+        let path = argument::path("path", path.cast())?;
+        let out = Out::new("out", out)?;
+        out.write(VmixValues::boxed(Values::open(path)?));
+        Ok(())
     })
 }
 

@@ -57,12 +57,28 @@ fn write(folder: &Path) -> io::Result<()> {
         .generate()
         .map_err(io::Error::other)?
         .write_to_file(folder.join("vmix_types.h"));
+    let mut functions = Vec::new();
     safer_ffi::headers::builder()
         .with_guard("VMIX_H")
         .with_banner(CHAPTERS.trim_end())
         .with_text_after_guard("\n\n#include \"vmix_types.h\"\n")
-        .to_file(folder.join("vmix.h"))?
-        .generate()
+        .to_writer(&mut functions)
+        .generate()?;
+    let functions = String::from_utf8(functions).map_err(io::Error::other)?;
+    // safer-ffi includes what it needs inside `extern "C"`; vmix_types.h has it already.
+    let functions = functions
+        .replace("#include <stddef.h>\n", "")
+        .replace("#include <stdint.h>\n", "");
+    let lines = functions.split('\n').map(str::trim_end);
+    let mut text = String::new();
+    for line in lines {
+        // One empty line is enough.
+        if !line.is_empty() || !text.ends_with("\n\n") {
+            text.push_str(line);
+            text.push('\n');
+        }
+    }
+    fs::write(folder.join("vmix.h"), text.trim_end().to_owned() + "\n")
 }
 
 #[test]
@@ -76,7 +92,10 @@ fn headers_are_those_of_the_source() -> io::Result<()> {
     for name in ["vmix.h", "vmix_types.h"] {
         let fresh = fs::read_to_string(folder.path().join(name))?;
         let old = fs::read_to_string(committed.join(name))?;
-        assert!(fresh == old, "include/{name} is not what `make headers` writes");
+        assert!(
+            fresh == old,
+            "include/{name} is not what `make headers` writes"
+        );
     }
     Ok(())
 }

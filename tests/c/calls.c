@@ -1,0 +1,448 @@
+/* Every function of vmix.h, called rightly and wrongly.
+ *
+ *     calls ADAPTER FOLDER        a file to open, a folder to write into
+ *
+ * Run as it is, under valgrind and with AddressSanitizer. */
+#include <float.h>
+#include <math.h>
+
+#include "check.h"
+
+#define NOT_A_HANDLE ((void *)(uintptr_t)0xdeadbee8)
+
+/* A struct that must come out as it went in, but for struct_size. */
+#define POISON(value) memset(&(value), 0x5a, sizeof(value)), (value).struct_size = sizeof(value)
+#define UNTOUCHED(value, from)                                                      \
+    do {                                                                            \
+        for (size_t i_ = (from); i_ < sizeof(value); ++i_)                          \
+            CHECK(((unsigned char *)&(value))[i_] == 0x5a);                         \
+    } while (0)
+#define AFTER_SIZE sizeof(size_t)
+
+static void library(void) {
+    CHECK(VMIX_ABI_COMPATIBLE(vmix_abi_version()));
+    CHECK(!VMIX_ABI_COMPATIBLE(VMIX_ABI_VERSION + 0x10000));
+    CHECK(VMIX_ABI_COMPATIBLE(VMIX_ABI_VERSION + 1));
+    CHECK(strlen(vmix_version()) >= 5 && strstr(vmix_build_info(), vmix_version()) != NULL);
+    CHECK(strcmp(vmix_status_name(VMIX_STATUS_INVALID_FILE), "invalid file") == 0);
+    CHECK(strcmp(vmix_status_name(4000000000u), "unknown status") == 0);
+    CHECK(strcmp(vmix_last_error(), "") == 0);
+}
+
+static void opening(const char *path) {
+    VmixAdapter *adapter = NOT_A_HANDLE;
+    VmixValues *values = NOT_A_HANDLE;
+    FAILS(NULL_ARGUMENT, "path", vmix_open(NULL, &adapter, &values));
+    FAILS(NULL_ARGUMENT, "adapter", vmix_open(path, NULL, &values));
+    FAILS(NULL_ARGUMENT, "values", vmix_open(path, &adapter, NULL));
+    FAILS(IO, "no/such/file", vmix_open("no/such/file", &adapter, &values));
+    FAILS(IO, "directory", vmix_open(".", &adapter, &values));
+    FAILS(INVALID_FILE, "not a safetensors file", vmix_open(__FILE__, &adapter, &values));
+    FAILS(NULL_ARGUMENT, "path", vmix_adapter_open(NULL, &adapter));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_open(path, NULL));
+    FAILS(IO, "no such", vmix_adapter_open("no such \xff", &adapter)); /* bytes, on Unix */
+    FAILS(INVALID_FILE, "expected `preset`, found `adapter`", vmix_values_open(path, &values));
+    FAILS(NULL_ARGUMENT, "path", vmix_values_open(NULL, &values));
+    FAILS(NULL_ARGUMENT, "out", vmix_values_open(path, NULL));
+    FAILS(NULL_ARGUMENT, "data", vmix_adapter_open_memory(NULL, 10, &adapter));
+    FAILS(INVALID_FILE, "bytes", vmix_adapter_open_memory(NULL, 0, &adapter));
+    FAILS(INVALID_ARGUMENT, "data", vmix_adapter_open_memory("", SIZE_MAX, &adapter));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_open_memory("", 0, NULL));
+    FAILS(NULL_ARGUMENT, "data", vmix_values_open_memory(NULL, 10, &values));
+    FAILS(INVALID_FILE, "bytes", vmix_values_open_memory("12345678", 8, &values));
+    FAILS(NULL_ARGUMENT, "out", vmix_values_open_memory("", 0, NULL));
+    CHECK(adapter == NOT_A_HANDLE && values == NOT_A_HANDLE);
+
+    OK(vmix_open(path, &adapter, &values));
+    CHECK(adapter != NULL && values == NULL);
+    vmix_adapter_free(adapter);
+    vmix_adapter_free(NULL);
+    vmix_values_free(NULL);
+
+    size_t size = 0;
+    unsigned char *data = read_file(path, &size);
+    OK(vmix_adapter_open_memory(data, size, &adapter));
+    free(data); /* copied */
+    OK(vmix_adapter_validate(adapter));
+    vmix_adapter_free(adapter);
+}
+
+static void describing(const VmixAdapter *adapter) {
+    VmixAdapterInfo info;
+    POISON(info);
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_info(NULL, &info));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_info(adapter, NULL));
+    FAILS(INVALID_ARGUMENT, "multiple of", vmix_adapter_info(adapter, (void *)((char *)&info + 1)));
+    for (size_t size = 0; size < sizeof info; size += 7) {
+        info.struct_size = size;
+        FAILS(INVALID_ARGUMENT, "sizeof(VmixAdapterInfo)", vmix_adapter_info(adapter, &info));
+    }
+    info.struct_size = SIZE_MAX;
+    FAILS(INVALID_ARGUMENT, "struct_size", vmix_adapter_info(adapter, &info));
+    UNTOUCHED(info, AFTER_SIZE);
+    info.struct_size = sizeof info;
+    OK(vmix_adapter_info(adapter, &info));
+    CHECK(info.label_count > 0 && info.layer_count > 0 && info.context_tokens > 0);
+    CHECK(info.base >= VMIX_BASE_SD15 && info.base <= VMIX_BASE_OTHER);
+    CHECK(info.apply_to >= VMIX_APPLY_TO_COND && info.apply_to <= VMIX_APPLY_TO_CONTRAST);
+    CHECK(info.has_value_weights == 1 && info.struct_size == sizeof info);
+
+    VmixLabel label;
+    POISON(label);
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_label(NULL, 0, &label));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_label(adapter, 0, NULL));
+    FAILS(OUT_OF_RANGE, "index below", vmix_adapter_label(adapter, info.label_count, &label));
+    FAILS(OUT_OF_RANGE, "index below", vmix_adapter_label(adapter, SIZE_MAX, &label));
+    UNTOUCHED(label, AFTER_SIZE);
+    size_t index = 77;
+    for (size_t i = 0; i < info.label_count; ++i) {
+        OK(vmix_adapter_label(adapter, i, &label));
+        CHECK(strlen(label.name) > 0 && strlen(label.positive) > 0 && strlen(label.negative) > 0);
+        CHECK(label.dimension != NULL && isfinite(label.weight));
+        OK(vmix_adapter_label_find(adapter, label.name, &index));
+        CHECK(index == i);
+    }
+    index = 77;
+    const char *text = NOT_A_HANDLE;
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_label_find(NULL, "a", &index));
+    FAILS(NULL_ARGUMENT, "name", vmix_adapter_label_find(adapter, NULL, &index));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_label_find(adapter, "a", NULL));
+    FAILS(NOT_FOUND, label.name, vmix_adapter_label_find(adapter, "no such label", &index));
+    FAILS(INVALID_ARGUMENT, "UTF-8", vmix_adapter_label_find(adapter, "\xff", &index));
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_label_display_name(NULL, 0, "zh", &text));
+    FAILS(NULL_ARGUMENT, "language", vmix_adapter_label_display_name(adapter, 0, NULL, &text));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_label_display_name(adapter, 0, "zh", NULL));
+    FAILS(NOT_FOUND, "tlh", vmix_adapter_label_display_name(adapter, 0, "tlh", &text));
+    FAILS(OUT_OF_RANGE, "label", vmix_adapter_label_display_name(adapter, 1000, "zh", &text));
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_metadata(NULL, "vmix.format", &text));
+    FAILS(NULL_ARGUMENT, "key", vmix_adapter_metadata(adapter, NULL, &text));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_metadata(adapter, "vmix.format", NULL));
+    FAILS(NOT_FOUND, "vmix.nothing", vmix_adapter_metadata(adapter, "vmix.nothing", &text));
+    CHECK(index == 77 && text == NOT_A_HANDLE);
+    OK(vmix_adapter_metadata(adapter, "vmix.format", &text));
+    CHECK(strcmp(text, "1") == 0);
+
+    VmixLayer layer;
+    POISON(layer);
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_layer(NULL, 0, &layer));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_layer(adapter, 0, NULL));
+    FAILS(OUT_OF_RANGE, "layer", vmix_adapter_layer(adapter, info.layer_count, &layer));
+    UNTOUCHED(layer, AFTER_SIZE);
+    for (size_t i = 0; i < info.layer_count; ++i) {
+        OK(vmix_adapter_layer(adapter, i, &layer));
+        OK(vmix_adapter_layer_find(adapter, layer.name, &index));
+        CHECK(index == i && layer.inner_dim > 0);
+        OK(vmix_adapter_layer_find(adapter, layer.ldm_name, &index));
+        CHECK(index == i);
+    }
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_layer_find(NULL, "a", &index));
+    FAILS(NULL_ARGUMENT, "name", vmix_adapter_layer_find(adapter, NULL, &index));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_layer_find(adapter, "a", NULL));
+    FAILS(NOT_FOUND, "did you mean", vmix_adapter_layer_find(adapter, "mid_block.attentions.0.transformer_blocks.0.attn1", &index));
+    FAILS(INVALID_ARGUMENT, "UTF-8", vmix_adapter_layer_find(adapter, "\xc3", &index));
+
+    size_t count = info.label_count * info.context_dim;
+    float *f_t = calloc(count, sizeof *f_t);
+    CHECK(f_t != NULL);
+    float weights[64] = {0};
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_aes_embed(NULL, NULL, 0, f_t, count));
+    FAILS(NULL_ARGUMENT, "weights",
+          vmix_adapter_aes_embed(adapter, NULL, info.label_count, f_t, count));
+    FAILS(INVALID_ARGUMENT, "one per label", vmix_adapter_aes_embed(adapter, weights, 1, f_t, count));
+    FAILS(INVALID_ARGUMENT, "memory",
+          vmix_adapter_aes_embed(adapter, weights, SIZE_MAX / 2, f_t, count));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_aes_embed(adapter, NULL, 0, NULL, count));
+    FAILS(BUFFER_SIZE, "buffer for", vmix_adapter_aes_embed(adapter, NULL, 0, f_t, count - 1));
+    weights[0] = NAN;
+    FAILS(INVALID_ARGUMENT, "finite",
+          vmix_adapter_aes_embed(adapter, weights, info.label_count, f_t, count));
+    for (size_t i = 0; i < count; ++i)
+        CHECK(f_t[i] == 0);
+    OK(vmix_adapter_aes_embed(adapter, NULL, 0, f_t, count));
+    CHECK(f_t[0] != 0);
+    free(f_t);
+
+    count = info.context_tokens * info.context_dim;
+    float *f_a = calloc(count, sizeof *f_a);
+    CHECK(f_a != NULL);
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_project(NULL, NULL, 0, f_a, count));
+    FAILS(INVALID_ARGUMENT, "weights", vmix_adapter_project(adapter, weights, 1, f_a, count));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_project(adapter, NULL, 0, NULL, count));
+    FAILS(BUFFER_SIZE, "out", vmix_adapter_project(adapter, NULL, 0, f_a, count + 1));
+    OK(vmix_adapter_project(adapter, NULL, 0, f_a, count));
+    free(f_a);
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_validate(NULL));
+}
+
+static VmixValues *computing(const VmixAdapter *adapter, VmixApplyTo apply_to, VmixDType dtype) {
+    float weights[64];
+    for (size_t i = 0; i < 64; ++i)
+        weights[i] = 0.25f * (float)(i + 1);
+    VmixAdapterInfo info = {.struct_size = sizeof info};
+    OK(vmix_adapter_info(adapter, &info));
+    VmixValues *values = NOT_A_HANDLE;
+    VmixValuesParams params = {sizeof params, weights, info.label_count, apply_to, dtype};
+    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_values(NULL, &params, &values));
+    FAILS(NULL_ARGUMENT, "out", vmix_adapter_values(adapter, &params, NULL));
+    params.apply_to = 9;
+    FAILS(INVALID_ARGUMENT, "apply_to", vmix_adapter_values(adapter, &params, &values));
+    params.apply_to = apply_to;
+    params.dtype = 9;
+    FAILS(INVALID_ARGUMENT, "dtype", vmix_adapter_values(adapter, &params, &values));
+    params.dtype = dtype;
+    params.weight_count += 1;
+    FAILS(INVALID_ARGUMENT, "weights", vmix_adapter_values(adapter, &params, &values));
+    params.weight_count = 0;
+    FAILS(INVALID_ARGUMENT, "weights", vmix_adapter_values(adapter, &params, &values));
+    params.weight_count = info.label_count;
+    weights[0] = INFINITY;
+    FAILS(INVALID_ARGUMENT, "finite", vmix_adapter_values(adapter, &params, &values));
+    weights[0] = 0.25f;
+    params.struct_size = sizeof params - 1;
+    FAILS(INVALID_ARGUMENT, "struct_size", vmix_adapter_values(adapter, &params, &values));
+    params.struct_size = sizeof params;
+    struct {
+        VmixValuesParams params;
+        size_t later;
+    } later = {params, 0};
+    later.params.struct_size = sizeof later;
+    later.later = 1;
+    FAILS(UNSUPPORTED, "fields", vmix_adapter_values(adapter, &later.params, &values));
+    CHECK(values == NOT_A_HANDLE);
+    later.later = 0;
+    OK(vmix_adapter_values(adapter, &later.params, &values));
+    vmix_values_free(values);
+    OK(vmix_adapter_values(adapter, &params, &values));
+    return values;
+}
+
+static void using(const VmixValues *values, VmixApplyTo apply_to, VmixDType dtype,
+                  const char *folder) {
+    VmixValuesInfo info;
+    POISON(info);
+    FAILS(NULL_ARGUMENT, "values", vmix_values_info(NULL, &info));
+    FAILS(NULL_ARGUMENT, "out", vmix_values_info(values, NULL));
+    UNTOUCHED(info, AFTER_SIZE);
+    OK(vmix_values_info(values, &info));
+    CHECK(info.apply_to == apply_to && info.dtype == dtype);
+
+    VmixLabel label = {.struct_size = sizeof label};
+    size_t index = 77;
+    const char *text = NOT_A_HANDLE;
+    FAILS(NULL_ARGUMENT, "values", vmix_values_label(NULL, 0, &label));
+    FAILS(NULL_ARGUMENT, "out", vmix_values_label(values, 0, NULL));
+    FAILS(OUT_OF_RANGE, "label", vmix_values_label(values, info.label_count, &label));
+    OK(vmix_values_label(values, 1, &label));
+    CHECK(label.weight == 0.5f);
+    OK(vmix_values_label_find(values, label.name, &index));
+    CHECK(index == 1);
+    FAILS(NULL_ARGUMENT, "values", vmix_values_label_find(NULL, "a", &index));
+    FAILS(NULL_ARGUMENT, "name", vmix_values_label_find(values, NULL, &index));
+    FAILS(NULL_ARGUMENT, "out", vmix_values_label_find(values, "a", NULL));
+    FAILS(NOT_FOUND, "known labels", vmix_values_label_find(values, "a", &index));
+    FAILS(NULL_ARGUMENT, "values", vmix_values_label_display_name(NULL, 0, "zh", &text));
+    FAILS(NULL_ARGUMENT, "language", vmix_values_label_display_name(values, 0, NULL, &text));
+    FAILS(NULL_ARGUMENT, "out", vmix_values_label_display_name(values, 0, "zh", NULL));
+    FAILS(NOT_FOUND, "tlh", vmix_values_label_display_name(values, 0, "tlh", &text));
+    FAILS(NULL_ARGUMENT, "values", vmix_values_metadata(NULL, "vmix.kind", &text));
+    FAILS(NULL_ARGUMENT, "key", vmix_values_metadata(values, NULL, &text));
+    FAILS(NULL_ARGUMENT, "out", vmix_values_metadata(values, "vmix.kind", NULL));
+    FAILS(NOT_FOUND, "nothing", vmix_values_metadata(values, "nothing", &text));
+    CHECK(text == NOT_A_HANDLE);
+    OK(vmix_values_metadata(values, "vmix.kind", &text));
+    CHECK(strcmp(text, "preset") == 0);
+
+    VmixLayer layer = {.struct_size = sizeof layer};
+    FAILS(NULL_ARGUMENT, "values", vmix_values_layer(NULL, 0, &layer));
+    FAILS(NULL_ARGUMENT, "out", vmix_values_layer(values, 0, NULL));
+    FAILS(OUT_OF_RANGE, "layer", vmix_values_layer(values, info.layer_count, &layer));
+    OK(vmix_values_layer(values, 0, &layer));
+    OK(vmix_values_layer_find(values, layer.ldm_name, &index));
+    CHECK(index == 0);
+    FAILS(NULL_ARGUMENT, "values", vmix_values_layer_find(NULL, "a", &index));
+    FAILS(NULL_ARGUMENT, "name", vmix_values_layer_find(values, NULL, &index));
+    FAILS(NULL_ARGUMENT, "out", vmix_values_layer_find(values, "a", NULL));
+    FAILS(NOT_FOUND, "layer", vmix_values_layer_find(values, "a", &index));
+
+    VmixView v_a;
+    POISON(v_a);
+    FAILS(NULL_ARGUMENT, "values", vmix_values_get(NULL, 0, VMIX_PASS_COND, &v_a));
+    FAILS(NULL_ARGUMENT, "out", vmix_values_get(values, 0, VMIX_PASS_COND, NULL));
+    FAILS(OUT_OF_RANGE, "layer", vmix_values_get(values, info.layer_count, VMIX_PASS_COND, &v_a));
+    FAILS(INVALID_ARGUMENT, "pass", vmix_values_get(values, 0, 0, &v_a));
+    UNTOUCHED(v_a, AFTER_SIZE);
+    OK(vmix_values_get(values, 0, VMIX_PASS_UNCOND, &v_a));
+    CHECK((v_a.data == NULL) == (apply_to == VMIX_APPLY_TO_COND));
+    VmixView uncond = v_a;
+    OK(vmix_values_get(values, 0, VMIX_PASS_COND, &v_a));
+    CHECK(v_a.data != NULL && v_a.dtype == dtype);
+    CHECK((v_a.data == uncond.data) == (apply_to == VMIX_APPLY_TO_BOTH));
+    CHECK(v_a.shape[1] == (int64_t)info.context_tokens);
+    CHECK(v_a.shape[3] == (int64_t)layer.inner_dim && v_a.strides[1] == v_a.shape[3]);
+
+    size_t count = info.context_tokens * layer.inner_dim;
+    float *copy = calloc(count, sizeof *copy);
+    CHECK(copy != NULL);
+    int64_t tokens = v_a.shape[1], width = v_a.shape[3];
+    VmixViewMut to = vmix_view_mut(copy, VMIX_DTYPE_F32, 1, tokens, 2, width / 2);
+    FAILS(NULL_ARGUMENT, "values", vmix_values_copy(NULL, 0, VMIX_PASS_COND, &to));
+    FAILS(NULL_ARGUMENT, "to", vmix_values_copy(values, 0, VMIX_PASS_COND, NULL));
+    FAILS(OUT_OF_RANGE, "layer", vmix_values_copy(values, SIZE_MAX, VMIX_PASS_COND, &to));
+    FAILS(INVALID_ARGUMENT, "pass", vmix_values_copy(values, 0, 77, &to));
+    to.shape[1] -= 1;
+    FAILS(INVALID_ARGUMENT, "to", vmix_values_copy(values, 0, VMIX_PASS_COND, &to));
+    to.shape[1] += 1;
+    to.data = NULL;
+    FAILS(INVALID_ARGUMENT, "NULL", vmix_values_copy(values, 0, VMIX_PASS_COND, &to));
+    to.data = (char *)copy + 1;
+    FAILS(INVALID_ARGUMENT, "multiple of", vmix_values_copy(values, 0, VMIX_PASS_COND, &to));
+    for (size_t i = 0; i < count; ++i)
+        CHECK(copy[i] == 0);
+    to.data = copy;
+    OK(vmix_values_copy(values, 0, VMIX_PASS_COND, &to));
+    if (dtype == VMIX_DTYPE_F32)
+        CHECK(memcmp(copy, v_a.data, count * sizeof *copy) == 0);
+    if (apply_to == VMIX_APPLY_TO_COND)
+        FAILS(NOT_FOUND, "conditional", vmix_values_copy(values, 0, VMIX_PASS_UNCOND, &to));
+    free(copy);
+
+    char path[4096];
+    snprintf(path, sizeof path, "%s/preset.safetensors", folder);
+    FAILS(NULL_ARGUMENT, "values", vmix_values_save(NULL, path));
+    FAILS(NULL_ARGUMENT, "path", vmix_values_save(values, NULL));
+    FAILS(IO, "no/such", vmix_values_save(values, "no/such/folder/preset.safetensors"));
+    OK(vmix_values_save(values, path));
+    VmixValues *again = NULL;
+    VmixAdapter *none = NOT_A_HANDLE;
+    OK(vmix_open(path, &none, &again));
+    CHECK(none == NULL && again != NULL);
+    vmix_values_free(again);
+    size_t size = 0;
+    unsigned char *data = read_file(path, &size);
+    OK(vmix_values_open_memory(data, size, &again));
+    free(data);
+    VmixView opened = {.struct_size = sizeof opened};
+    OK(vmix_values_get(again, 0, VMIX_PASS_COND, &opened));
+    size_t bytes = count * (dtype == VMIX_DTYPE_F32 ? 4 : 2);
+    CHECK(memcmp(opened.data, v_a.data, bytes) == 0);
+    vmix_values_free(again);
+    OK(vmix_values_open(path, &again));
+    vmix_values_free(again);
+}
+
+static void mixing(void) {
+    float v[24], a[6], out[24], strength[] = {0.5f, 0.0f};
+    for (int i = 0; i < 24; ++i)
+        v[i] = (float)i;
+    for (int i = 0; i < 6; ++i)
+        a[i] = 1.0f + (float)i;
+    VmixViewMut value = vmix_view_mut(v, VMIX_DTYPE_F32, 2, 4, 1, 3);
+    VmixView aes = vmix_view(a, VMIX_DTYPE_F32, 1, 2, 1, 3);
+    VmixMixParams mix = {sizeof mix, &value, &aes, strength, 2};
+    FAILS(NULL_ARGUMENT, "params", vmix_mix_values(NULL));
+    VmixMixParams bad = mix;
+    bad.value = NULL;
+    FAILS(NULL_ARGUMENT, "value", vmix_mix_values(&bad));
+    bad = mix, bad.aes_value = NULL;
+    FAILS(NULL_ARGUMENT, "aes_value", vmix_mix_values(&bad));
+    bad = mix, bad.strength = NULL;
+    FAILS(NULL_ARGUMENT, "strength", vmix_mix_values(&bad));
+    bad = mix, bad.strength_count = 3;
+    FAILS(INVALID_ARGUMENT, "strength", vmix_mix_values(&bad));
+    bad = mix, bad.strength_count = SIZE_MAX;
+    FAILS(INVALID_ARGUMENT, "strength", vmix_mix_values(&bad));
+    bad = mix, bad.struct_size = 1;
+    FAILS(INVALID_ARGUMENT, "struct_size", vmix_mix_values(&bad));
+    VmixViewMut wrong = value;
+    bad = mix, bad.value = &wrong;
+    wrong.shape[1] = 3;
+    FAILS(INVALID_ARGUMENT, "multiple of the 2 tokens", vmix_mix_values(&bad));
+    wrong = value, wrong.shape[0] = -1;
+    FAILS(INVALID_ARGUMENT, "negative", vmix_mix_values(&bad));
+    wrong = value, wrong.strides[1] = 0;
+    FAILS(INVALID_ARGUMENT, "overlap", vmix_mix_values(&bad));
+    wrong = value, wrong.shape[1] = INT64_MAX;
+    FAILS(INVALID_ARGUMENT, "value", vmix_mix_values(&bad));
+    wrong = value, wrong.strides[3] = INT64_MIN;
+    FAILS(INVALID_ARGUMENT, "fits into memory", vmix_mix_values(&bad));
+    wrong = value, wrong.dtype = 0;
+    FAILS(INVALID_ARGUMENT, "dtype", vmix_mix_values(&bad));
+    wrong = value, wrong.data = a;
+    FAILS(INVALID_ARGUMENT, "aes_value", vmix_mix_values(&bad));
+    float nan[] = {NAN, 0};
+    bad = mix, bad.strength = nan;
+    FAILS(INVALID_ARGUMENT, "finite", vmix_mix_values(&bad));
+    for (int i = 0; i < 24; ++i)
+        CHECK(v[i] == (float)i);
+    OK(vmix_mix_values(&mix));
+    for (int i = 0; i < 24; ++i)
+        CHECK(v[i] == (float)i + (i < 12 ? 0.5f * a[i % 6] : 0.0f));
+
+    /* One query, whose only key is certain: attention gives that key's mixed value. */
+    VmixView q = vmix_view(v, VMIX_DTYPE_F32, 1, 1, 1, 3), k = q;
+    VmixView one = vmix_view(a, VMIX_DTYPE_F32, 1, 1, 1, 3);
+    VmixViewMut output = vmix_view_mut(out, VMIX_DTYPE_F32, 1, 1, 1, 3);
+    float map_data[1] = {-1};
+    VmixViewMut map = vmix_view_mut(map_data, VMIX_DTYPE_F32, 1, 1, 1, 1);
+    VmixAttentionParams params = {.struct_size = sizeof params};
+    FAILS(NULL_ARGUMENT, "params", vmix_attention(NULL));
+    FAILS(NULL_ARGUMENT, "query", vmix_attention(&params));
+    params.query = &q;
+    FAILS(NULL_ARGUMENT, "key", vmix_attention(&params));
+    params.key = &k;
+    FAILS(NULL_ARGUMENT, "value", vmix_attention(&params));
+    params.value = &k;
+    FAILS(NULL_ARGUMENT, "output", vmix_attention(&params));
+    params.output = &output;
+    OK(vmix_attention(&params));
+    CHECK(memcmp(out, v, 3 * sizeof(float)) == 0);
+    params.aes_value = &one;
+    FAILS(INVALID_ARGUMENT, "strength", vmix_attention(&params));
+    params.strength = strength, params.strength_count = 1;
+    params.attention_map = &map, params.attention_map_head = 1;
+    FAILS(INVALID_ARGUMENT, "attention_map", vmix_attention(&params));
+    params.attention_map_head = SIZE_MAX;
+    FAILS(INVALID_ARGUMENT, "attention_map", vmix_attention(&params));
+    params.attention_map_head = 0;
+    params.scale = INFINITY;
+    FAILS(INVALID_ARGUMENT, "scale", vmix_attention(&params));
+    params.scale = 0;
+    VmixView mask = vmix_view(out, VMIX_DTYPE_F32, 1, 1, 2, 1);
+    params.mask = &mask;
+    FAILS(INVALID_ARGUMENT, "mask", vmix_attention(&params));
+    params.mask = NULL, params.query_mask = &mask;
+    FAILS(INVALID_ARGUMENT, "query_mask", vmix_attention(&params));
+    params.query_mask = NULL;
+    CHECK(map_data[0] == -1);
+    OK(vmix_attention(&params));
+    for (int i = 0; i < 3; ++i)
+        CHECK(out[i] == v[i] + 0.5f * a[i]);
+    CHECK(map_data[0] == 1);
+    /* Keys that need more memory than there is: a stride of 0 makes them free for the caller. */
+    VmixView endless = k;
+    endless.shape[1] = INT64_C(1) << 45, endless.strides[1] = 0;
+    params.key = params.value = &endless, params.attention_map = NULL;
+    FAILS(OUT_OF_MEMORY, "memory", vmix_attention(&params));
+}
+
+int main(int argc, char **argv) {
+    CHECK(argc == 3);
+    library();
+    opening(argv[1]);
+    VmixAdapter *adapter = NULL;
+    OK(vmix_adapter_open(argv[1], &adapter));
+    describing(adapter);
+    for (VmixApplyTo apply_to = VMIX_APPLY_TO_COND; apply_to <= VMIX_APPLY_TO_CONTRAST; ++apply_to)
+        for (VmixDType dtype = VMIX_DTYPE_F32; dtype <= VMIX_DTYPE_BF16; ++dtype) {
+            VmixValues *values = computing(adapter, apply_to, dtype);
+            using(values, apply_to, dtype, argv[2]);
+            vmix_values_free(values);
+        }
+    VmixValues *values = computing(adapter, VMIX_APPLY_TO_CONTRAST, VMIX_DTYPE_F32);
+    vmix_adapter_free(adapter);
+    using(values, VMIX_APPLY_TO_CONTRAST, VMIX_DTYPE_F32, argv[2]); /* it needs no adapter */
+    vmix_values_free(values);
+    mixing();
+    puts("every function called rightly and wrongly");
+    return 0;
+}

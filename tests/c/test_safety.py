@@ -1,0 +1,176 @@
+"""Proof that the C library cannot be crashed: every function called rightly and wrongly, as it is,
+under valgrind, with AddressSanitizer and, by eight threads, with ThreadSanitizer; and what it costs
+in memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import vmix
+from conftest import ADAPTER, ROOT, run, tool
+
+Build = Callable[..., Path]
+HOST = re.search(
+    r"host: (\S+)", subprocess.run(["rustc", "-vV"], capture_output=True, text=True).stdout
+)
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="measures through /proc")
+
+
+def test_every_function_rightly_and_wrongly(build: Build, tmp_path: Path) -> None:
+    run(build("tests/c/calls.c"), ADAPTER, tmp_path)
+
+
+@pytest.mark.parametrize("source", ["tests/c/calls.c", "examples/c/host.c"])
+def test_valgrind_finds_nothing(build: Build, tmp_path: Path, source: str) -> None:
+    # What is only "possibly lost" are the threads of rayon's pool, which live to the end.
+    leaks = ["--leak-check=full", "--errors-for-leak-kinds=definite,indirect"]
+    leaks += ["--show-leak-kinds=definite,indirect"]
+    arguments = [ADAPTER, tmp_path] if source.startswith("tests") else [ADAPTER]
+    run(tool("valgrind"), "-q", "--error-exitcode=9", *leaks, build(source), *arguments)
+
+
+def instrumented(path: str) -> Path:
+    assert HOST is not None
+    library = ROOT / path.format(HOST[1])
+    assert library.exists(), f"{library.relative_to(ROOT)} is not built; `make test-c` does it"
+    return library
+
+
+def build_with_asan(folder: Path, source: str) -> Path:
+    """A program that is linked to the library with AddressSanitizer."""
+    library = instrumented("fuzz/target/{}/release/deps/libvmix.so")
+    (folder / "libvmix.so.1").symlink_to(library)
+    program = folder / "program"
+    command = [tool("gcc"), "-std=c11", "-D_GNU_SOURCE", "-g", "-fsanitize=address,undefined"]
+    command += [f"-I{ROOT / 'include'}", ROOT / source, library, f"-Wl,-rpath,{folder}"]
+    run(*command, "-lpthread", "-lm", "-o", program)
+    return program
+
+
+def build_with_tsan(folder: Path, source: str) -> Path:
+    """A program that is linked to the library with ThreadSanitizer, and to the runtime that the
+    Rust compiler brings: gcc's is too old for what the library calls."""
+    library = instrumented("target/tsan/{}/debug/libvmix.so")
+    (folder / "libvmix.so.1").symlink_to(library)
+    sysroot = Path(run("rustc", "--print", "sysroot").strip())
+    (runtime,) = sysroot.glob("lib/rustlib/*/lib/librustc*_rt.tsan.a")
+    objects, program = folder / "program.o", folder / "program"
+    command = [tool("gcc"), "-std=c11", "-D_GNU_SOURCE", "-g", "-fsanitize=thread"]
+    run(*command, f"-I{ROOT / 'include'}", "-c", ROOT / source, "-o", objects)
+    whole = ["-Wl,--whole-archive", runtime, "-Wl,--no-whole-archive", "-rdynamic"]
+    libraries = [library, f"-Wl,-rpath,{folder}", "-lpthread", "-ldl", "-lm", "-lrt"]
+    run(tool("g++"), objects, *whole, *libraries, "-o", program)
+    return program
+
+
+@pytest.mark.parametrize("source", ["tests/c/calls.c", "tests/c/threads.c", "examples/c/host.c"])
+def test_address_sanitizer_finds_nothing(tmp_path: Path, source: str) -> None:
+    program = build_with_asan(tmp_path, source)
+    arguments = {"calls": [tmp_path], "threads": ["200"], "host": []}[Path(source).stem]
+    # An allocation that is refused is one of the calls.
+    environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=1"}
+    run(program, ADAPTER, *arguments, env=environment)
+
+
+def test_address_sanitizer_sees_into_the_library(tmp_path: Path) -> None:
+    """The test above could not fail if the library were not instrumented."""
+    source = tmp_path / "overrun.c"
+    source.write_text("""
+        #include "vmix.h"
+        int main(void) {
+            float v[3], a[4] = {0}, strength = 1;
+            VmixViewMut value = vmix_view_mut(v, VMIX_DTYPE_F32, 1, 1, 1, 4);
+            VmixView aes = vmix_view(a, VMIX_DTYPE_F32, 1, 1, 1, 4);
+            VmixMixParams mix = {sizeof mix, &value, &aes, &strength, 1};
+            return (int)vmix_mix_values(&mix);
+        }""")
+    program = build_with_asan(tmp_path, str(source))
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert "stack-buffer-overflow" in done.stderr
+    assert "vmix" in done.stderr.split("stack-buffer-overflow")[1]
+
+
+def test_eight_threads_share_handles(build: Build) -> None:
+    run(build("tests/c/threads.c"), ADAPTER, "2000")
+
+
+def test_thread_sanitizer_finds_nothing(tmp_path: Path) -> None:
+    program = build_with_tsan(tmp_path, "tests/c/threads.c")
+    suppressions = ROOT / "tests/c/tsan.supp"
+    environment = {**os.environ, "TSAN_OPTIONS": f"halt_on_error=1 suppressions={suppressions}"}
+    run(program, ADAPTER, "1000", env=environment)
+
+
+def test_thread_sanitizer_sees_into_the_library(tmp_path: Path) -> None:
+    """Two threads mix into one buffer, which the header forbids."""
+    source = tmp_path / "race.c"
+    source.write_text("""
+        #include <pthread.h>
+        #include "vmix.h"
+        static float v[1 << 16], a[1 << 16];
+        static void *mix(void *unused) {
+            float strength = 1;
+            VmixViewMut value = vmix_view_mut(v, VMIX_DTYPE_F32, 1, 1, 1, 1 << 16);
+            VmixView aes = vmix_view(a, VMIX_DTYPE_F32, 1, 1, 1, 1 << 16);
+            VmixMixParams params = {sizeof params, &value, &aes, &strength, 1};
+            for (int i = 0; i < 100; ++i)
+                vmix_mix_values(&params);
+            return unused;
+        }
+        int main(void) {
+            pthread_t threads[2];
+            for (int i = 0; i < 2; ++i)
+                pthread_create(&threads[i], 0, mix, 0);
+            for (int i = 0; i < 2; ++i)
+                pthread_join(threads[i], 0);
+            return 0;
+        }""")
+    program = build_with_tsan(tmp_path, str(source))
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert "data race" in done.stderr, done.stderr
+
+
+@linux_only
+def test_opening_and_closing_ten_thousand_times_leaks_nothing(build: Build, tmp_path: Path) -> None:
+    preset = tmp_path / "preset.safetensors"
+    vmix.Adapter.open(ADAPTER).values().save(preset)
+    print(run(build("tests/c/memory.c"), "leaks", ADAPTER, preset))
+
+
+@linux_only
+def test_files_of_sdxls_size_stay_out_of_private_memory(build: Build, tmp_path: Path) -> None:
+    adapter = tmp_path / "sdxl.safetensors"
+    sdxl_adapter().save(adapter)
+    print(run(build("tests/c/memory.c"), "sdxl", adapter))
+
+
+def sdxl_adapter() -> vmix.Adapter:
+    """An adapter of SDXL's shapes, in f16."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return (torch.randn(*shape, generator=generator) * 0.02).half()
+
+    metadata = dict(vmix.Adapter.open(ADAPTER).metadata)
+    labels = len(json.loads(metadata["vmix.labels"]))
+    del metadata["vmix.ldm_names"]
+    metadata |= {"vmix.base": "sdxl", "vmix.context_tokens": "77", "vmix.context_dim": "2048"}
+    tensors = {
+        "aes_emb": randn(labels, 2, 2048),
+        "projection.linear.weight": randn(77, labels),
+        "projection.norm.weight": randn(2048) + 1,
+        "projection.norm.bias": randn(2048),
+        "projection.zero.weight": randn(2048, 2048),
+        "projection.zero.bias": randn(2048),
+    }
+    for layer in vmix.unet_layers("sdxl"):
+        tensors[f"{layer.name}.to_v_aes.weight"] = randn(layer.inner_dim, 2048)
+    return vmix.Adapter.from_tensors(tensors, metadata)

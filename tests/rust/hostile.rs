@@ -1,0 +1,91 @@
+//! Files that lie: what `tests/hostile/make.py` wrote, answered as its `expected.tsv` says.
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use vmix::{Adapter, ApplyTo, DType, Result, Selection, Values};
+
+/// What a file is opened with: an adapter in both ways, or a preset.
+type Open = fn(Source<'_>) -> Result<()>;
+
+/// The same file on disk and in memory.
+#[derive(Clone, Copy)]
+enum Source<'a> {
+    Path(&'a Path),
+    Bytes(&'a [u8]),
+}
+
+fn adapter(source: Source<'_>) -> Result<Adapter> {
+    match source {
+        Source::Path(path) => Adapter::open(path),
+        Source::Bytes(bytes) => Adapter::from_bytes(bytes.to_vec()),
+    }
+}
+
+fn preset(source: Source<'_>) -> Result<()> {
+    match source {
+        Source::Path(path) => Values::open(path),
+        Source::Bytes(bytes) => Values::from_bytes(bytes.to_vec()),
+    }
+    .map(drop)
+}
+
+/// Opens the adapter and uses all of its value weights.
+fn values(source: Source<'_>) -> Result<()> {
+    let adapter = adapter(source).expect("only its value weights are wrong");
+    let refused = adapter
+        .values(&Selection::All, ApplyTo::Both, DType::F32)
+        .map(drop);
+    // Numbers may be finite one by one and yet overflow together.
+    if let (Err(found), Err(refused)) = (adapter.validate(), &refused) {
+        assert_eq!(found.to_string(), refused.to_string());
+    }
+    refused
+}
+
+#[test]
+fn files_that_lie_are_refused_in_these_words() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/hostile");
+    let table = fs::read_to_string(folder.join("expected.tsv")).unwrap();
+    let mut wrong = String::new();
+    let mut listed = BTreeSet::new();
+    for line in table.lines() {
+        let [name, opened, expected] = line.split('\t').collect::<Vec<_>>()[..] else {
+            panic!("{line}")
+        };
+        listed.insert(name.to_owned());
+        let open: Open = match opened {
+            "adapter" => |source| adapter(source).map(drop),
+            "preset" => preset,
+            "values" => values,
+            other => panic!("{other}"),
+        };
+        let path = folder.join(name);
+        let mut answers = vec![(path.display().to_string(), open(Source::Path(&path)))];
+        if path.is_file() {
+            let bytes = fs::read(&path).unwrap();
+            answers.push(("bytes".to_owned(), open(Source::Bytes(&bytes))));
+        }
+        for (source, answer) in answers {
+            let said = match &answer {
+                Ok(()) => format!("{source}: (opens)"),
+                Err(error) => error.to_string(),
+            };
+            if !said.starts_with(&format!("{source}: {expected}")) {
+                wrong += &format!("{name} as {opened}:\n  {said}\n  not: {expected}\n");
+            }
+        }
+        // Who does not know what a file is gets no further.
+        let opens = opened == "values" || open(Source::Path(&path)).is_ok();
+        if vmix::open(&path).is_ok() != opens {
+            wrong += &format!("{name}: open() disagrees\n");
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong}");
+    let files: BTreeSet<_> = fs::read_dir(&folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .filter(|name| name.ends_with(".safetensors"))
+        .collect();
+    listed.remove(".");
+    assert_eq!(files, listed);
+}
