@@ -41,9 +41,9 @@ test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hos
 	$(PY) -m pytest -rs tests/c
 	fuzz/run.sh 15
 
-test-full: setup test-c ## also the slow tests, and the wheel in an empty environment
+test-full: test-c ## also the slow tests, and the wheel in an empty environment
 	cargo test --locked --workspace
-	$(PY) -m pytest -m ''
+	$(PY) -m pytest -m '' tests/python tests/c
 	tests/wheel.sh
 
 # The library with AddressSanitizer and coverage, and the fuzz targets.

@@ -192,8 +192,6 @@ static VmixValues *computing(const VmixAdapter *adapter, VmixApplyTo apply_to, V
     params.dtype = dtype;
     params.weight_count += 1;
     FAILS(INVALID_ARGUMENT, "weights", vmix_adapter_values(adapter, &params, &values));
-    params.weight_count = 0;
-    FAILS(INVALID_ARGUMENT, "weights", vmix_adapter_values(adapter, &params, &values));
     params.weight_count = info.label_count;
     weights[0] = INFINITY;
     FAILS(INVALID_ARGUMENT, "finite", vmix_adapter_values(adapter, &params, &values));
@@ -212,6 +210,13 @@ static VmixValues *computing(const VmixAdapter *adapter, VmixApplyTo apply_to, V
     later.later = 0;
     OK(vmix_adapter_values(adapter, &later.params, &values));
     vmix_values_free(values);
+    params.weight_count = 0; /* the file's defaults, wherever the pointer leads */
+    OK(vmix_adapter_values(adapter, &params, &values));
+    VmixLabel label = {.struct_size = sizeof label};
+    OK(vmix_values_label(values, 1, &label));
+    CHECK(label.weight == 1);
+    vmix_values_free(values);
+    params.weight_count = info.label_count;
     OK(vmix_adapter_values(adapter, &params, &values));
     return values;
 }

@@ -491,3 +491,10 @@ def test_wrapper_has_every_function() -> None:
     missing = {name for name in declared() if not re.search(rf"\b{name}\b", wrapper)}
     # Of use as they are.
     assert missing == {"vmix_build_info", "vmix_status_name", "vmix_version"}
+
+
+@pytest.mark.slow
+def test_the_release_library_is_small() -> None:
+    subprocess.run(["make", "target/release/libvmix.a"], cwd=ROOT, check=True)
+    # What hosts are promised. The profile strips it, and leaves out what nothing uses.
+    assert (ROOT / "target/release/libvmix.so").stat().st_size < 2_500_000
