@@ -41,15 +41,16 @@ static double median(double *times, int count) {
         printf("%-44s %8.1f ns\n", name, median(times, 15));           \
     } while (0)
 
-static void mixing(int64_t batch, int64_t width, VmixDType dtype, const char *name) {
+static void mixing(int64_t batch, int64_t width, VmixDType dtype, VmixDType aes_dtype,
+                   const char *name) {
     enum { RUNS = 101, TOKENS = 77 };
     const size_t size = dtype == VMIX_DTYPE_F32 ? 4 : 2;
     const size_t bytes = (size_t)(batch * TOKENS * width) * size;
-    char *v = calloc(bytes, 1), *copy = calloc(bytes, 1), *a = calloc(bytes, 1);
+    char *v = calloc(bytes, 1), *copy = calloc(bytes, 1), *a = calloc(TOKENS * (size_t)width, 4);
     if (v == NULL || copy == NULL || a == NULL)
         abort();
     VmixViewMut value = vmix_view_mut(v, dtype, batch, TOKENS, 1, width);
-    VmixView aes = vmix_view(a, dtype, 1, TOKENS, 1, width);
+    VmixView aes = vmix_view(a, aes_dtype, 1, TOKENS, 1, width);
     const float strength = 0.5f;
     VmixMixParams params = {sizeof params, &value, &aes, &strength, 1};
     double mix[RUNS], move[RUNS];
@@ -92,11 +93,13 @@ int main(int argc, char **argv) {
     TIME_CALL("vmix_mix_values, strength 0", vmix_mix_values(&params));
     strength = 1.0f;
     TIME_CALL("vmix_mix_values, 4 numbers", vmix_mix_values(&params));
-    mixing(2, 320, VMIX_DTYPE_F32, "mix 2 x 77 x 320, f32");
-    mixing(2, 1280, VMIX_DTYPE_F32, "mix 2 x 77 x 1280, f32");
-    mixing(2, 1280, VMIX_DTYPE_F16, "mix 2 x 77 x 1280, f16");
-    mixing(2, 1280, VMIX_DTYPE_BF16, "mix 2 x 77 x 1280, bf16");
-    mixing(256, 1280, VMIX_DTYPE_F32, "mix 256 x 77 x 1280, f32 (beyond cache)");
+    enum { F32 = VMIX_DTYPE_F32, F16 = VMIX_DTYPE_F16, BF16 = VMIX_DTYPE_BF16 };
+    mixing(2, 320, F32, F32, "mix 2 x 77 x 320, f32");
+    mixing(2, 1280, F32, F32, "mix 2 x 77 x 1280, f32");
+    mixing(2, 1280, F32, F16, "mix 2 x 77 x 1280, f32, V_a f16");
+    mixing(2, 1280, F16, F16, "mix 2 x 77 x 1280, f16");
+    mixing(2, 1280, BF16, BF16, "mix 2 x 77 x 1280, bf16");
+    mixing(256, 1280, F32, F32, "mix 256 x 77 x 1280, f32 (beyond cache)");
     vmix_values_free(values);
     vmix_adapter_free(adapter);
     return 0;

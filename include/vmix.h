@@ -65,15 +65,18 @@
  *
  *   A pointer to const is never written through, and may be used from many threads at once. That is
  *   every use of a handle but freeing it. vmix_last_error() is per thread. Functions that use all
- *   cores say so; RAYON_NUM_THREADS in the environment sets how many.
+ *   cores say so; RAYON_NUM_THREADS in the environment sets how many. Their threads do not survive
+ *   a fork(): a child of a process that called one must not call one itself, unless it exec()s.
  *
  * ERRORS
  *
  *   Every function that can fail returns a VmixStatus, writes its out-parameters on VMIX_STATUS_OK
  *   only, and otherwise leaves one sentence in vmix_last_error() that names the thing, what was
  *   expected and what was found. NULL, unknown numbers, sizes that overflow and files that lie are
- *   errors. Dangling pointers, and sizes or strides beyond the caller's memory, cannot be seen.
- *   No panic leaves the library; nothing is printed to stdout.
+ *   errors. Dangling pointers, sizes or strides beyond the caller's memory, and outputs that overlap
+ *   inputs where the function does not allow it, cannot be seen.
+ *   No panic leaves the library; nothing is printed to stdout. vmix_attention(), whose work grows with
+ *   its arguments, says when memory is short; elsewhere running out of memory ends the process.
  *
  * ABI
  *
@@ -112,7 +115,7 @@ typedef struct VmixAdapter VmixAdapter;
  *  f_t, the features of a selection looked up in AesEmb (paper, section 3.3): row-major
  *  `[label_count, context_dim]`, which `out_count` must equal exactly.
  *
- *  `weights`: one per label, or `weight_count` 0 for the file's defaults.
+ *  `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
  *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE.
  */
 VmixStatus
@@ -239,7 +242,7 @@ vmix_adapter_open_memory (
  *  `[context_tokens, context_dim]`, which `out_count` must equal exactly. Where the adapter has no
  *  value weights of its own, the host's to_v turns it into V_a.
  *
- *  `weights`: one per label, or `weight_count` 0 for the file's defaults.
+ *  `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
  *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE.
  */
 VmixStatus
@@ -474,9 +477,10 @@ vmix_values_open_memory (
     VmixValues * * out);
 
 /** \brief
- *  Writes a preset file, whole or not at all.
+ *  Writes a preset file, whole or not at all: beside its place, and then renamed into it. A link stays
+ *  one, and what it leads to is replaced; what is no regular file is refused.
  *
- *  Statuses: NULL_ARGUMENT, IO.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO.
  */
 VmixStatus
 vmix_values_save (

@@ -2,7 +2,8 @@
  * vmix.hpp: vmix.h for C++17 and later. Header-only; link as vmix.h says.
  *
  * Handles free themselves, and failures throw vmix::Error. What a handle lends, strings and views,
- * lives as long as the Adapter or Values that it came from, wherever that is moved to. All that is
+ * lives as long as the Adapter or Values that it came from, wherever that is moved to; to ask a
+ * temporary one is an error. All that is
  * const may be used from many threads at once. Functions have the names of vmix.h, which explains
  * them; those of C can be called as well, with handle().
  */
@@ -114,7 +115,7 @@ inline void check(VmixStatus status) {
 /** C ends a name or path at a NUL: one that has more after it would be taken for another. */
 inline std::string c_string(std::string_view text) {
     if (text.find('\0') != text.npos)
-        throw Error(VMIX_STATUS_INVALID_ARGUMENT, "text: expected no NUL within, found one");
+        throw Error(VMIX_STATUS_INVALID_ARGUMENT, "name or path: expected no NUL, found one");
     return std::string(text);
 }
 
@@ -147,7 +148,8 @@ public:
         return info;
     }
 
-    std::vector<Label> labels() const {
+    std::vector<Label> labels() const&& = delete;
+    std::vector<Label> labels() const& {
         std::vector<Label> labels;
         for (std::size_t i = 0, count = info().label_count; i < count; ++i) {
             auto c = sized<VmixLabel>();
@@ -158,7 +160,8 @@ public:
         return labels;
     }
 
-    std::vector<Layer> layers() const {
+    std::vector<Layer> layers() const&& = delete;
+    std::vector<Layer> layers() const& {
         std::vector<Layer> layers;
         for (std::size_t i = 0, count = info().layer_count; i < count; ++i) {
             auto c = sized<VmixLayer>();
@@ -183,13 +186,16 @@ public:
         return index;
     }
 
-    std::optional<std::string_view> metadata(std::string_view key) const {
+    std::optional<std::string_view> metadata(std::string_view key) const&& = delete;
+    std::optional<std::string_view> metadata(std::string_view key) const& {
         const char* text = nullptr;
         return found(get_metadata(handle(), c_string(key).c_str(), &text), text);
     }
 
+    std::optional<std::string_view> label_display_name(std::size_t, std::string_view) const&& =
+        delete;
     std::optional<std::string_view> label_display_name(std::size_t label,
-                                                       std::string_view language) const {
+                                                       std::string_view language) const& {
         const char* text = nullptr;
         return found(get_display_name(handle(), label, c_string(language).c_str(), &text), text);
     }
@@ -241,13 +247,15 @@ public:
     }
 
     /** V_a where it lies, {1, context_tokens, 1, inner_dim}; none where nothing is to be mixed. */
-    std::optional<VmixView> get(std::size_t layer, Pass pass) const {
+    std::optional<VmixView> get(std::size_t layer, Pass pass) const&& = delete;
+    std::optional<VmixView> get(std::size_t layer, Pass pass) const& {
         auto view = detail::sized<VmixView>();
         detail::check(vmix_values_get(handle(), layer, VmixPass(pass), &view));
         return view.data ? std::optional(view) : std::nullopt;
     }
 
-    std::optional<VmixView> get(std::string_view layer, Pass pass) const {
+    std::optional<VmixView> get(std::string_view layer, Pass pass) const&& = delete;
+    std::optional<VmixView> get(std::string_view layer, Pass pass) const& {
         return get(layer_index(layer), pass);
     }
 
@@ -299,6 +307,14 @@ public:
         detail::check(vmix_adapter_project(handle(), detail::pointer(weights), weights.size(),
                                            out.data(), out.size()));
         return out;
+    }
+
+    /** The weights of these labels for ValuesOptions; every other label has 0, its negative. */
+    std::vector<float> weights(
+        std::initializer_list<std::pair<std::string_view, float>> chosen) const {
+        std::vector<float> weights(info().label_count);
+        for (const auto& [name, weight] : chosen) weights[label_index(name)] = weight;
+        return weights;
     }
 
     void validate() const { detail::check(vmix_adapter_validate(handle())); }

@@ -132,7 +132,8 @@ typedef struct VmixView {
 } VmixView;
 
 /**
- * A tensor that is written; otherwise as VmixView. No two of its elements may share memory.
+ * A tensor that is written; otherwise as VmixView. No two of its elements may share memory, and
+ * each stride must reach beyond all that the shorter ones span.
  */
 typedef struct VmixViewMut {
     /**
@@ -144,7 +145,8 @@ typedef struct VmixViewMut {
      */
     void *data;
     /**
-     * Element type; results are computed in f32 and rounded to nearest even once.
+     * Element type; results are computed in f32 and rounded to nearest even once, which beyond
+     * the dtype's range gives infinity.
      */
     VmixDType dtype;
     /**
@@ -303,7 +305,7 @@ typedef struct VmixValuesParams {
      */
     const float *weights;
     /**
-     * Number of weights: the number of labels, or 0 for the file's defaults.
+     * Number of weights: the number of labels, or 0 with NULL for the file's defaults.
      */
     size_t weight_count;
     /**
@@ -381,7 +383,7 @@ typedef struct VmixAttentionParams {
     float scale;
     /**
      * Added to the scaled scores, `{B, L_q, H, L_k}`: -INFINITY hides a key. A query all of whose
-     * keys are hidden gives zeros. NULL for none.
+     * keys are hidden gives zeros; NaN and +INFINITY give NaN. NULL for none.
      */
     const struct VmixView *mask;
     /**

@@ -29,7 +29,7 @@ pub struct Attention<'a> {
     /// What scores are multiplied with; 1/√D where it is `None`.
     pub scale: Option<f32>,
     /// Added to the scaled scores, `[B, L_q, H, L_k]`; −∞ hides a key. A query all of whose keys
-    /// are hidden gives zeros.
+    /// are hidden gives zeros; NaN and +∞ give NaN.
     pub mask: Option<TensorView<'a>>,
     /// What λ is multiplied with for each query, `[B, L_q, 1, 1]`: the strength of a region.
     pub query_mask: Option<TensorView<'a>>,
@@ -275,7 +275,10 @@ struct Strengths<'a>(&'a [f32]);
 impl<'a> Strengths<'a> {
     fn new(strength: &'a [f32], batch: usize) -> Result<Self> {
         if strength.len() != 1 && strength.len() != batch {
-            let expected = format!("1 number, or {batch}, one per batch entry");
+            let expected = match batch {
+                0 | 1 => "1 number".to_owned(),
+                _ => format!("1 number, or {batch}, one per batch entry"),
+            };
             let found = strength.len().to_string();
             return Err(Error::argument("strength", expected, found));
         }

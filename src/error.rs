@@ -15,10 +15,12 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The bytes are no safetensors file: a header or an offset lies.
-    #[error("{file}: not a safetensors file: {source}")]
+    #[error("{file}: not a safetensors file: {source}{detail}")]
     Safetensors {
         /// The file, or "bytes".
         file: String,
+        /// The same in numbers and names, in brackets, or nothing.
+        detail: String,
         /// What is wrong with the header.
         source: safetensors::SafeTensorError,
     },

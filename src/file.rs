@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fs, io, io::Write, ops::Range, path::Path, sync
 
 use memmap2::Mmap;
 use safetensors::{SafeTensorError, SafeTensors};
+use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use crate::{DType, Error, Result, Tensor, json::UniqueHeader};
@@ -46,10 +47,9 @@ impl File {
             path: path.to_owned(),
             source,
         };
+        // Asked before opening: a pipe would wait for somebody to write.
+        refuse_what_is_no_file(path).map_err(io_error)?;
         let file = fs::File::open(path).map_err(io_error)?;
-        if file.metadata().map_err(io_error)?.is_dir() {
-            return Err(io_error(io::ErrorKind::IsADirectory.into()));
-        }
         // SAFETY: a mapping is sound as long as nobody truncates or rewrites the file in place
         // while it is open. Like every safetensors reader we rely on that; our own writer replaces
         // files by renaming, which leaves existing mappings intact.
@@ -64,6 +64,7 @@ impl File {
     fn parse(name: String, bytes: Bytes) -> Result<Self> {
         let refused = |source| Error::Safetensors {
             file: name.clone(),
+            detail: explain(bytes.as_ref()).map_or(String::new(), |detail| format!(" ({detail})")),
             source,
         };
         let (header_len, header) = SafeTensors::read_metadata(bytes.as_ref()).map_err(refused)?;
@@ -232,6 +233,43 @@ impl File {
     }
 }
 
+/// What is wrong with a file that the safetensors crate refused, in numbers, where that can be said.
+fn explain(bytes: &[u8]) -> Option<String> {
+    let (size, rest) = bytes.split_first_chunk::<8>()?;
+    let size = u64::from_le_bytes(*size);
+    let len = bytes.len();
+    let Some(json) = usize::try_from(size).ok().and_then(|size| rest.get(..size)) else {
+        return Some(format!(
+            "the first 8 bytes ask for a header of {size}, the file has {len}"
+        ));
+    };
+    let header: serde_json::Map<String, serde_json::Value> = serde_json::from_slice(json).ok()?;
+    let mut expected = 0;
+    for (name, tensor) in header.iter().filter(|(name, _)| *name != "__metadata__") {
+        let offsets = tensor.get("data_offsets")?;
+        let (start, end) = (offsets.get(0)?.as_u64()?, offsets.get(1)?.as_u64()?);
+        let shape = tensor.get("shape")?.as_array()?;
+        let count = shape
+            .iter()
+            .try_fold(1u64, |n, size| n.checked_mul(size.as_u64()?));
+        let dtype = safetensors::Dtype::deserialize(tensor.get("dtype")?).ok()?;
+        let wanted = count.and_then(|n| n.checked_mul(dtype.bitsize() as u64));
+        if wanted
+            != end
+                .checked_sub(start)
+                .and_then(|bytes| bytes.checked_mul(8))
+        {
+            return Some(format!(
+                "tensor `{name}`, whose offsets do not fit its shape and dtype"
+            ));
+        }
+        expected = expected.max(end);
+    }
+    let expected = expected.checked_add(size)?.checked_add(8)?;
+    let differs = expected != len as u64;
+    differs.then(|| format!("{expected} bytes expected, {len} found"))
+}
+
 impl AsRef<[u8]> for Bytes {
     fn as_ref(&self) -> &[u8] {
         match self {
@@ -272,6 +310,7 @@ pub(crate) fn serialize<'a>(
 ) -> Result<Vec<u8>> {
     let refused = |source| Error::Safetensors {
         file: "bytes".to_owned(),
+        detail: String::new(),
         source,
     };
     // The safetensors crate takes metadata as a HashMap, which it writes in a different order every
@@ -293,10 +332,30 @@ pub(crate) fn serialize<'a>(
     Ok(bytes)
 }
 
-/// Writes a file whole or not at all: a reader, or a crash, never sees half of it.
+/// Directories, devices and pipes are none.
+fn refuse_what_is_no_file(path: &Path) -> io::Result<()> {
+    let kind = fs::metadata(path)?;
+    if kind.is_dir() {
+        return Err(io::ErrorKind::IsADirectory.into());
+    }
+    if !kind.is_file() {
+        return Err(io::Error::other("not a regular file"));
+    }
+    Ok(())
+}
+
+/// Writes a file whole or not at all: a reader, or a crash, never sees half of it. A link stays one:
+/// what it leads to is replaced.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
-    let write = || -> std::io::Result<()> {
-        let folder = match path.parent() {
+    let write = || -> io::Result<()> {
+        let target = match fs::canonicalize(path) {
+            Ok(target) => {
+                refuse_what_is_no_file(&target)?;
+                target
+            }
+            Err(_) => path.to_owned(),
+        };
+        let folder = match target.parent() {
             Some(folder) if !folder.as_os_str().is_empty() => folder,
             _ => Path::new("."),
         };
@@ -307,9 +366,10 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         let permissions = std::os::unix::fs::PermissionsExt::from_mode(0o666);
         #[cfg(unix)]
         builder.permissions(permissions);
-        let mut file = builder.tempfile_in(folder)?;
+        // By its kind: the message would name the temporary file.
+        let mut file = builder.tempfile_in(folder).map_err(|e| e.kind())?;
         file.write_all(bytes)?;
-        file.persist(path).map_err(|e| e.error)?;
+        file.persist(target).map_err(|e| e.error)?;
         Ok(())
     };
     write().map_err(|source| Error::Io {

@@ -150,7 +150,8 @@ impl Common {
 
 /// Whether the file is an adapter or a preset, of a format version that this library knows.
 pub(crate) fn kind_of(file: &File) -> Result<Kind> {
-    file.parse_meta("vmix.format", "`1`", |v| (v == FORMAT).then_some(()))?;
+    let expected = "`1`, as in every VMix file";
+    file.parse_meta("vmix.format", expected, |v| (v == FORMAT).then_some(()))?;
     one_of(file, "vmix.kind", Kind::NAMES, Kind::from_name)
 }
 

@@ -26,7 +26,7 @@ pub(crate) fn times_transposed(rows: &[f32], weight: View<'_>) -> Result<Vec<f32
         multiply(rows, block, dim, &mut out[index * ROWS..], inner_dim);
     }
     if !out.iter().all(|x| x.is_finite()) {
-        return Err("weights that overflow float32".to_owned());
+        return Err("values that overflow float32 at these label weights".to_owned());
     }
     Ok(out)
 }

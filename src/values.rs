@@ -158,7 +158,9 @@ pub(crate) fn layer_values(
     let finish = |values: Vec<f32>| {
         let tensor = Tensor::rounded([tokens, inner_dim], values, dtype);
         if !tensor.is_finite() {
-            return Err(format!("values that overflow {dtype}"));
+            return Err(format!(
+                "values that overflow {dtype} at these label weights"
+            ));
         }
         Ok(Arc::new(tensor))
     };

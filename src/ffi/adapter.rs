@@ -245,7 +245,7 @@ unsafe fn vmix_adapter_layer_find(
 /// f_t, the features of a selection looked up in AesEmb (paper, section 3.3): row-major
 /// `[label_count, context_dim]`, which `out_count` must equal exactly.
 ///
-/// `weights`: one per label, or `weight_count` 0 for the file's defaults.
+/// `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
 /// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE.
 #[ffi_export]
 unsafe fn vmix_adapter_aes_embed(
@@ -269,7 +269,7 @@ unsafe fn vmix_adapter_aes_embed(
 /// `[context_tokens, context_dim]`, which `out_count` must equal exactly. Where the adapter has no
 /// value weights of its own, the host's to_v turns it into V_a.
 ///
-/// `weights`: one per label, or `weight_count` 0 for the file's defaults.
+/// `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
 /// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE.
 #[ffi_export]
 unsafe fn vmix_adapter_project(
@@ -342,8 +342,7 @@ unsafe fn selection(
     count: usize,
     adapter: &Adapter,
 ) -> Result<Selection> {
-    // An empty C++ vector may have any address.
-    if count == 0 {
+    if weights.is_null() && count == 0 {
         return Ok(Selection::Default);
     }
     // SAFETY: the caller's promise.

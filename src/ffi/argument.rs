@@ -84,6 +84,9 @@ pub(super) unsafe fn path<'a>(
     check_pointer(argument, pointer)?;
     // SAFETY: the caller's promise.
     let bytes = unsafe { CStr::from_ptr(pointer) }.to_bytes();
+    if bytes.is_empty() {
+        return Err(invalid(argument, "the name of a file", "an empty one"));
+    }
     Ok(std::ffi::OsStr::from_bytes(bytes).as_ref())
 }
 
@@ -214,7 +217,12 @@ pub(super) unsafe fn read_struct<T: Growable>(argument: &str, pointer: *const T)
     let unknown =
         unsafe { std::slice::from_raw_parts(pointer.cast::<u8>().add(known), size - known) };
     if unknown.iter().any(|byte| *byte != 0) {
-        let message = format!("{argument}: it sets fields that this version of vmix does not know");
+        let message = format!(
+            "{argument}: expected a {} of {} bytes, as this version of vmix knows it, found {size}, \
+             of which the later are set",
+            T::NAME,
+            size_of::<T>()
+        );
         return Err(Failure::new(VmixStatus::Unsupported, message));
     }
     Ok(value)

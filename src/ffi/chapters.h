@@ -65,15 +65,18 @@
  *
  *   A pointer to const is never written through, and may be used from many threads at once. That is
  *   every use of a handle but freeing it. vmix_last_error() is per thread. Functions that use all
- *   cores say so; RAYON_NUM_THREADS in the environment sets how many.
+ *   cores say so; RAYON_NUM_THREADS in the environment sets how many. Their threads do not survive
+ *   a fork(): a child of a process that called one must not call one itself, unless it exec()s.
  *
  * ERRORS
  *
  *   Every function that can fail returns a VmixStatus, writes its out-parameters on VMIX_STATUS_OK
  *   only, and otherwise leaves one sentence in vmix_last_error() that names the thing, what was
  *   expected and what was found. NULL, unknown numbers, sizes that overflow and files that lie are
- *   errors. Dangling pointers, and sizes or strides beyond the caller's memory, cannot be seen.
- *   No panic leaves the library; nothing is printed to stdout.
+ *   errors. Dangling pointers, sizes or strides beyond the caller's memory, and outputs that overlap
+ *   inputs where the function does not allow it, cannot be seen.
+ *   No panic leaves the library; nothing is printed to stdout. vmix_attention(), whose work grows with
+ *   its arguments, says when memory is short; elsewhere running out of memory ends the process.
  *
  * ABI
  *

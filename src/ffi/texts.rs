@@ -75,7 +75,11 @@ impl Texts {
 
     pub fn display_name(&self, i: usize, language: &CStr) -> Result<*const c_char> {
         let label = index("label", &self.labels, i)?;
-        find("display name", &label.display_names, language)
+        let what = format!(
+            "display name of label `{}` in",
+            label.name.to_string_lossy()
+        );
+        find(&what, &label.display_names, language)
     }
 
     pub fn layer(&self, i: usize) -> Result<VmixLayer> {
@@ -110,7 +114,9 @@ fn c_strings(map: &BTreeMap<String, String>) -> BTreeMap<CString, CString> {
 
 fn find(what: &str, map: &BTreeMap<CString, CString>, key: &CStr) -> Result<*const c_char> {
     map.get(key).map(|value| value.as_ptr()).ok_or_else(|| {
-        let message = format!("no {what} `{}`", key.to_string_lossy());
+        let known: Vec<_> = map.keys().map(|key| key.to_string_lossy()).collect();
+        let known = known.join(", ");
+        let message = format!("no {what} `{}`; known: {known}", key.to_string_lossy());
         Failure::new(VmixStatus::NotFound, message)
     })
 }

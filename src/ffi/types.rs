@@ -102,7 +102,8 @@ pub struct VmixView {
     pub strides: [i64; 4],
 }
 
-/// A tensor that is written; otherwise as VmixView. No two of its elements may share memory.
+/// A tensor that is written; otherwise as VmixView. No two of its elements may share memory, and
+/// each stride must reach beyond all that the shorter ones span.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct VmixViewMut {
@@ -110,7 +111,8 @@ pub struct VmixViewMut {
     pub struct_size: usize,
     /// The first element, aligned to its size. May be NULL only if a size is 0.
     pub data: *mut c_void,
-    /// Element type; results are computed in f32 and rounded to nearest even once.
+    /// Element type; results are computed in f32 and rounded to nearest even once, which beyond
+    /// the dtype's range gives infinity.
     pub dtype: VmixDType,
     /// Sizes: batch, tokens, heads, head dim.
     pub shape: [i64; 4],
@@ -207,7 +209,7 @@ pub struct VmixValuesParams {
     /// between or beyond a point on the line through both. A label that is not wanted has 0, as in
     /// the paper; vmix_adapter_label_find() gives the index of a name.
     pub weights: *const f32,
-    /// Number of weights: the number of labels, or 0 for the file's defaults.
+    /// Number of weights: the number of labels, or 0 with NULL for the file's defaults.
     pub weight_count: usize,
     /// Which passes the values are for; VMIX_APPLY_TO_DEFAULT as the file says.
     pub apply_to: VmixApplyTo,
@@ -253,7 +255,7 @@ pub struct VmixAttentionParams {
     /// What scores are multiplied with; 0 for 1/√D.
     pub scale: f32,
     /// Added to the scaled scores, `{B, L_q, H, L_k}`: -INFINITY hides a key. A query all of whose
-    /// keys are hidden gives zeros. NULL for none.
+    /// keys are hidden gives zeros; NaN and +INFINITY give NaN. NULL for none.
     pub mask: *const VmixView,
     /// What λ is multiplied with for each query, `{B, L_q, 1, 1}`: the strength of a region. NULL
     /// for 1.

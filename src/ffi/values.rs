@@ -78,9 +78,10 @@ unsafe fn vmix_values_open_memory(
     })
 }
 
-/// Writes a preset file, whole or not at all.
+/// Writes a preset file, whole or not at all: beside its place, and then renamed into it. A link stays
+/// one, and what it leads to is replaced; what is no regular file is refused.
 ///
-/// Statuses: NULL_ARGUMENT, IO.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO.
 #[ffi_export]
 unsafe fn vmix_values_save(values: *const VmixValues, path: *const c_char) -> VmixStatus {
     boundary(|| unsafe {

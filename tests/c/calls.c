@@ -37,6 +37,8 @@ static void opening(const char *path) {
     FAILS(NULL_ARGUMENT, "values", vmix_open(path, &adapter, NULL));
     FAILS(IO, "no/such/file", vmix_open("no/such/file", &adapter, &values));
     FAILS(IO, "directory", vmix_open(".", &adapter, &values));
+    FAILS(IO, "not a regular file", vmix_open("/dev/null", &adapter, &values));
+    FAILS(INVALID_ARGUMENT, "path: expected the name of a file", vmix_open("", &adapter, &values));
     FAILS(INVALID_FILE, "not a safetensors file", vmix_open(__FILE__, &adapter, &values));
     FAILS(NULL_ARGUMENT, "path", vmix_adapter_open(NULL, &adapter));
     FAILS(NULL_ARGUMENT, "out", vmix_adapter_open(path, NULL));
@@ -205,18 +207,22 @@ static VmixValues *computing(const VmixAdapter *adapter, VmixApplyTo apply_to, V
     } later = {params, 0};
     later.params.struct_size = sizeof later;
     later.later = 1;
-    FAILS(UNSUPPORTED, "fields", vmix_adapter_values(adapter, &later.params, &values));
+    FAILS(UNSUPPORTED, "expected a VmixValuesParams of", vmix_adapter_values(adapter, &later.params, &values));
     CHECK(values == NOT_A_HANDLE);
     later.later = 0;
     OK(vmix_adapter_values(adapter, &later.params, &values));
     vmix_values_free(values);
-    params.weight_count = 0; /* the file's defaults, wherever the pointer leads */
+    params.weight_count = 0; /* forgotten */
+    VmixValues *none = NOT_A_HANDLE;
+    FAILS(INVALID_ARGUMENT, "weights", vmix_adapter_values(adapter, &params, &none));
+    CHECK(none == NOT_A_HANDLE);
+    params.weights = NULL; /* the file's defaults */
     OK(vmix_adapter_values(adapter, &params, &values));
     VmixLabel label = {.struct_size = sizeof label};
     OK(vmix_values_label(values, 1, &label));
     CHECK(label.weight == 1);
     vmix_values_free(values);
-    params.weight_count = info.label_count;
+    params.weights = weights, params.weight_count = info.label_count;
     OK(vmix_adapter_values(adapter, &params, &values));
     return values;
 }
@@ -316,6 +322,7 @@ static void using(const VmixValues *values, VmixApplyTo apply_to, VmixDType dtyp
     FAILS(NULL_ARGUMENT, "values", vmix_values_save(NULL, path));
     FAILS(NULL_ARGUMENT, "path", vmix_values_save(values, NULL));
     FAILS(IO, "no/such", vmix_values_save(values, "no/such/folder/preset.safetensors"));
+    FAILS(IO, "not a regular file", vmix_values_save(values, "/dev/null"));
     OK(vmix_values_save(values, path));
     VmixValues *again = NULL;
     VmixAdapter *none = NOT_A_HANDLE;

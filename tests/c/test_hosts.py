@@ -103,7 +103,7 @@ def test_the_readmes_cpp_mixes_into_the_conditional_half(
     (program,) = re.findall(r"```cpp\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     source = tmp_path / "mix.cpp"
     source.write_text(program)
-    values = vmix.Adapter.open(ADAPTER).values()
+    values = vmix.Adapter.open(ADAPTER).values({"vibrant color": 1.5})
     v_a = torch.from_dlpack(values["mid_block.attentions.0.transformer_blocks.0.attn2"])
     monkeypatch.chdir(ROOT)
     untouched, mixed = run(build(str(source), compiler="g++")).split(" and ")

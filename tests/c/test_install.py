@@ -135,10 +135,12 @@ int main(int argc, char **argv) {
     const auto values = adapter.values();
     CHECK(values.info().dtype == VMIX_DTYPE_F32 && values.labels().size() == info.label_count);
     values.save(preset);
-    CHECK(vmix::Values::open(preset).metadata("vmix.origin")->size() == 64);
+    const auto reopened = vmix::Values::open(preset);
+    CHECK(reopened.metadata("vmix.origin")->size() == 64);
     std::ifstream preset_file(preset, std::ios::binary);
     const std::string held(std::istreambuf_iterator<char>(preset_file), {});
-    CHECK(vmix::Values::from_memory(held.data(), held.size()).layers().size() == info.layer_count);
+    const auto from_memory = vmix::Values::from_memory(held.data(), held.size());
+    CHECK(from_memory.layers().size() == info.layer_count);
     CHECK(std::holds_alternative<vmix::Adapter>(vmix::open(path)));
     CHECK(std::holds_alternative<vmix::Values>(vmix::open(preset)));
 

@@ -248,7 +248,7 @@ def headers() -> Iterator[Case]:
     yield bad("json-not-utf8", packed(b"\xff" * 4), "invalid UTF-8 in header")
     yield bad("json-utf16", packed("{}".encode("utf-16")), "invalid UTF-8 in header")
     # Nothing but what is not VMix: valid safetensors files.
-    no_key = "metadata `vmix.format`: expected `1`, found no such key"
+    no_key = "metadata `vmix.format`: expected `1`, as in every VMix file, found no such key"
     yield "json-empty-object", "adapter", packed("{}"), no_key
     yield (
         "metadata-missing",
@@ -447,7 +447,7 @@ def tensors() -> Iterator[Case]:
         expected = f"tensor `{weight(UP)}`: expected finite values, found NaN or infinity"
         yield f"value-weight-{name}", "values", content, expected
     huge = adapter().put(weight(UP), Tensor([2, D], [3e38] * 2 * D)).file()
-    expected = f"tensor `{weight(UP)}`: expected finite values, found weights that overflow float32"
+    expected = f"tensor `{weight(UP)}`: expected finite values, found values that overflow float32"
     yield "value-weight-overflows", "values", huge, expected
 
 
@@ -544,7 +544,7 @@ def layers() -> Iterator[Case]:
 def metadata() -> Iterator[Case]:
     """Keys of wrong values."""
     names = {
-        "format": "`1`",
+        "format": "`1`, as in every VMix file",
         "kind": "one of adapter, preset",
         "base": "one of sd15, sdxl, other",
         "apply_to": "one of cond, both, contrast",
@@ -687,6 +687,10 @@ def presets() -> Iterator[Case]:
     twice = f'{{"{first}": 1, "{first}": 2, "{second}": 0}}'
     parts = preset().set("vmix.selection", twice)
     yield bad("selection-key-twice", parts, f"{key}, found `{first}` comes twice")
+    # What is spelt like a name must not be searched for among names of any length.
+    long = preset().set("vmix.labels", [label("a" * 20_000), label("b" * 20_000)])
+    long.set("vmix.selection", {"a" * 20_000: 1.0, "c" * 20_000: 1.0})
+    yield bad("selection-long-names", long, f"{key}, found unknown label `ccc")
     origin = "metadata `vmix.origin`: expected a SHA-256 in hexadecimal, found"
     for name, value in [
         ("empty", ""),

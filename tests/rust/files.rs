@@ -115,7 +115,7 @@ fn wrong_files_are_refused_by_name() {
     let cases: &[(Change, &str)] = &[
         (
             |p| p.set("vmix.format", "2"),
-            "metadata `vmix.format`: expected `1`, found `2`",
+            "metadata `vmix.format`: expected `1`, as in every VMix file, found `2`",
         ),
         (
             |p| p.set("vmix.kind", "lora"),
@@ -294,7 +294,9 @@ fn value_weights_are_checked_when_they_are_used() {
         .values(&Selection::All, ApplyTo::Both, DType::F16)
         .unwrap_err();
     assert!(
-        error.to_string().ends_with("values that overflow float16"),
+        error
+            .to_string()
+            .ends_with("values that overflow float16 at these label weights"),
         "{error}"
     );
 }
@@ -334,6 +336,47 @@ fn files_are_as_readable_as_any_other() {
     std::fs::write(&any, "").unwrap();
     let mode = |path| std::fs::metadata(path).unwrap().permissions().mode();
     assert_eq!(mode(&ours), mode(&any));
+}
+
+#[cfg(unix)]
+#[test]
+fn links_stay_links_and_devices_devices() {
+    let folder = tempfile::tempdir().unwrap();
+    let (link, target) = (folder.path().join("link"), folder.path().join("target"));
+    std::fs::write(&target, "old").unwrap();
+    std::os::unix::fs::symlink("target", &link).unwrap();
+    small().adapter().unwrap().save(&link).unwrap();
+    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert_eq!(std::fs::read(&target).unwrap(), small_bytes());
+    for (path, words) in [("/dev/null", "not a regular file"), ("/", "is a directory")] {
+        let saved = small().adapter().unwrap().save(path).unwrap_err();
+        let opened = Adapter::open(path).unwrap_err();
+        for error in [saved, opened] {
+            assert_eq!(error.to_string(), format!("{path}: {words}"));
+        }
+    }
+    // The message names what was asked for, not the temporary file.
+    let absent = folder.path().join("absent/file");
+    let error = small().adapter().unwrap().save(&absent).unwrap_err();
+    let words = format!("{}: entity not found", absent.display());
+    assert_eq!(error.to_string(), words);
+}
+
+/// What the safetensors crate leaves out: which tensor, how many bytes.
+#[test]
+fn damaged_files_are_described_in_numbers() {
+    let good = small_bytes();
+    let cut = Adapter::from_bytes(good[..good.len() - 8].to_vec()).unwrap_err();
+    let words = format!("({} bytes expected, {} found)", good.len(), good.len() - 8);
+    assert!(cut.to_string().ends_with(&words), "{cut}");
+    let short = Adapter::from_bytes(good[..100].to_vec()).unwrap_err();
+    assert!(
+        short.to_string().ends_with(", the file has 100)"),
+        "{short}"
+    );
+    let shape = replace_in_header(&good, "[3,2,6]", "[3,2,7]");
+    let shape = Adapter::from_bytes(shape).unwrap_err().to_string();
+    assert!(shape.ends_with("(tensor `aes_emb`, whose offsets do not fit its shape and dtype)"));
 }
 
 #[test]
