@@ -129,8 +129,14 @@ fn did_you_mean(nearest: &Option<String>) -> String {
 /// The candidate spelt most like `name`, if it is close enough to be what was meant.
 pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
     const CLOSE_ENOUGH: f64 = 0.5;
+    // Comparing takes time in the product of the lengths, and a file may hold any name.
+    const LONGEST: usize = 200;
+    if name.len() > LONGEST {
+        return None;
+    }
     let name = name.to_lowercase();
     candidates
+        .filter(|candidate| candidate.len() <= LONGEST)
         .map(|candidate| {
             let likeness = strsim::normalized_damerau_levenshtein(&name, &candidate.to_lowercase());
             (likeness, candidate)
