@@ -249,6 +249,10 @@ pub fn attention(
     let aes_value = TensorView::dense("aes_value", aes_value, [1, tokens, 1, width])?;
     attention.aes_value = Some(aes_value);
     attention.strength = std::slice::from_ref(&strength);
+    if query.bytes().is_empty() {
+        let expected = "at least one row and one query";
+        return Err(Error::argument("query", expected, shape_of(query)));
+    }
     let mut out = zeros(query.bytes().len() / query.dtype().size())?;
     let mut output = TensorViewMut::dense(&mut out, query_view.shape());
     attention.forward(&mut output, None)?;

@@ -28,7 +28,7 @@ use memory::{Block, Float, Floats, MAX_COUNT, Number, Rare, Small, StructSize};
 use views::{Passed, Tensor};
 
 /// More calls find nothing more, only later.
-const MAX_CALLS: usize = 40;
+const MAX_CALLS: usize = 16;
 
 const FILES: [&[u8]; 7] = [
     include_bytes!("../seeds/file/adapter.safetensors"),
