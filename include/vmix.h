@@ -219,7 +219,7 @@ vmix_adapter_metadata (
  *  replacing it by renaming is safe.
  *
  *  `path`: bytes on Unix, UTF-8 on Windows. `*out` is freed with vmix_adapter_free().
- *  Statuses: NULL_ARGUMENT, IO, INVALID_FILE.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
  */
 VmixStatus
 vmix_adapter_open (
@@ -229,7 +229,7 @@ vmix_adapter_open (
 /** \brief
  *  Opens an adapter file of `size` bytes that lies in memory; it is copied.
  *
- *  Statuses: NULL_ARGUMENT, INVALID_FILE.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (a size beyond memory), INVALID_FILE.
  */
 VmixStatus
 vmix_adapter_open_memory (
@@ -243,7 +243,7 @@ vmix_adapter_open_memory (
  *  value weights of its own, the host's to_v turns it into V_a.
  *
  *  `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
- *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE, INVALID_FILE (a result that overflows).
  */
 VmixStatus
 vmix_adapter_project (
@@ -270,8 +270,8 @@ typedef struct VmixValues VmixValues;
  *
  *  `params`: NULL for the file's defaults in f32. `*out` is freed with vmix_values_free() and does
  *  not need the adapter any more.
- *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, INVALID_FILE (value weights that are not finite),
- *  UNSUPPORTED (an adapter without value weights, or params of a later version).
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, INVALID_FILE (value weights that are not finite, or
+ *  whose product with these weights overflows), UNSUPPORTED (an adapter without value weights, or params of a later version).
  */
 VmixStatus
 vmix_adapter_values (
@@ -321,7 +321,7 @@ vmix_mix_values (
  *  Opens an adapter or a preset, whichever the file is. On success exactly one of `*adapter` and
  *  `*values` is a handle, and the other is NULL.
  *
- *  Statuses: NULL_ARGUMENT, IO, INVALID_FILE.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
  */
 VmixStatus
 vmix_open (
@@ -341,7 +341,7 @@ vmix_status_name (
  *  `{1, context_tokens, heads, inner_dim / heads}` for any number of heads, in the buffer's dtype.
  *
  *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, OUT_OF_RANGE, NOT_FOUND (where vmix_values_get() gives
- *  NULL).
+ *  NULL), UNSUPPORTED (a view of a later version).
  */
 VmixStatus
 vmix_values_copy (
@@ -458,7 +458,7 @@ vmix_values_metadata (
  *  Opens a preset file, all of which is read and checked now.
  *
  *  `path`: bytes on Unix, UTF-8 on Windows. `*out` is freed with vmix_values_free().
- *  Statuses: NULL_ARGUMENT, IO, INVALID_FILE.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
  */
 VmixStatus
 vmix_values_open (
@@ -468,7 +468,7 @@ vmix_values_open (
 /** \brief
  *  Opens a preset file of `size` bytes that lies in memory; what is needed is copied.
  *
- *  Statuses: NULL_ARGUMENT, INVALID_FILE.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (a size beyond memory), INVALID_FILE.
  */
 VmixStatus
 vmix_values_open_memory (

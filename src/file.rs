@@ -214,7 +214,7 @@ impl File {
             file: self.name.clone(),
             key: key.to_owned(),
             expected: expected.into(),
-            found: found.into(),
+            found: presentable(&found.into()),
         }
     }
 
@@ -226,11 +226,30 @@ impl File {
     ) -> Error {
         Error::Tensor {
             file: self.name.clone(),
-            tensor: tensor.to_owned(),
+            tensor: presentable(tensor),
             expected: expected.into(),
-            found: found.into(),
+            found: presentable(&found.into()),
         }
     }
+}
+
+/// What a file says, in a message: a bomb is cut short, and nothing speaks to the terminal.
+pub(crate) fn presentable(text: &str) -> String {
+    const LONGEST: usize = 400;
+    let mut shown = String::new();
+    for c in text.chars() {
+        if shown.len() > LONGEST {
+            shown.push('…');
+            break;
+        }
+        match c {
+            // Control characters, and those that turn the direction of writing.
+            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => shown.extend(c.escape_unicode()),
+            c if c.is_control() => shown.extend(c.escape_default()),
+            c => shown.push(c),
+        }
+    }
+    shown
 }
 
 /// What is wrong with a file that the safetensors crate refused, in numbers, where that can be said.

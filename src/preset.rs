@@ -105,10 +105,10 @@ impl Values {
             .collect::<Result<Vec<_>>>()?;
         file.refuse_other_tensors(|name| {
             let layer = match name.strip_suffix(UNCOND) {
-                Some(layer) if contrast => layer,
-                _ => name.strip_suffix(COND).unwrap_or_default(),
+                Some(layer) if contrast => Some(layer),
+                _ => name.strip_suffix(COND),
             };
-            layers.get(layer).is_ok_and(|known| known.name == layer)
+            layer.is_some_and(|layer| layers.get(layer).is_ok_and(|known| known.name == layer))
         })?;
         // All of it, keys of a later version too: writing replaces those that are known.
         let inherited = file.metadata().clone();

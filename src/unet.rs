@@ -179,7 +179,7 @@ impl Layers {
     }
 
     /// Layers of a U-Net without a table, in the order in which the U-Net runs them.
-    /// A file may give two layers one name, or a NUL character; the error says which.
+    /// A file may give two layers one name, or none, or a NUL character; the error says which.
     pub(crate) fn sorted(mut layers: Vec<Layer>) -> Result<Self, String> {
         layers.sort_by_cached_key(|layer| execution_order(&layer.name));
         let layers = Self::new(layers);
@@ -188,6 +188,9 @@ impl Layers {
                 .into_iter()
                 .flatten()
             {
+                if name.is_empty() {
+                    return Err("a layer without a name".to_owned());
+                }
                 // C hosts get names as strings that end at their first NUL.
                 if name.contains('\0') {
                     return Err(format!("{name:?}, with a NUL character"));

@@ -39,7 +39,7 @@ impl VmixAdapter {
 /// Opens an adapter or a preset, whichever the file is. On success exactly one of `*adapter` and
 /// `*values` is a handle, and the other is NULL.
 ///
-/// Statuses: NULL_ARGUMENT, IO, INVALID_FILE.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
 #[ffi_export]
 unsafe fn vmix_open(
     path: *const c_char,
@@ -69,7 +69,7 @@ unsafe fn vmix_open(
 /// replacing it by renaming is safe.
 ///
 /// `path`: bytes on Unix, UTF-8 on Windows. `*out` is freed with vmix_adapter_free().
-/// Statuses: NULL_ARGUMENT, IO, INVALID_FILE.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
 #[ffi_export]
 unsafe fn vmix_adapter_open(path: *const c_char, out: *mut *mut VmixAdapter) -> VmixStatus {
     boundary(|| unsafe {
@@ -82,7 +82,7 @@ unsafe fn vmix_adapter_open(path: *const c_char, out: *mut *mut VmixAdapter) -> 
 
 /// Opens an adapter file of `size` bytes that lies in memory; it is copied.
 ///
-/// Statuses: NULL_ARGUMENT, INVALID_FILE.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (a size beyond memory), INVALID_FILE.
 #[ffi_export]
 unsafe fn vmix_adapter_open_memory(
     data: *const c_void,
@@ -270,7 +270,7 @@ unsafe fn vmix_adapter_aes_embed(
 /// value weights of its own, the host's to_v turns it into V_a.
 ///
 /// `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
-/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE, INVALID_FILE (a result that overflows).
 #[ffi_export]
 unsafe fn vmix_adapter_project(
     adapter: *const VmixAdapter,
@@ -293,8 +293,8 @@ unsafe fn vmix_adapter_project(
 ///
 /// `params`: NULL for the file's defaults in f32. `*out` is freed with vmix_values_free() and does
 /// not need the adapter any more.
-/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, INVALID_FILE (value weights that are not finite),
-/// UNSUPPORTED (an adapter without value weights, or params of a later version).
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, INVALID_FILE (value weights that are not finite, or
+/// whose product with these weights overflows), UNSUPPORTED (an adapter without value weights, or params of a later version).
 #[ffi_export]
 unsafe fn vmix_adapter_values(
     adapter: *const VmixAdapter,

@@ -63,10 +63,20 @@ pub(super) fn boundary(body: impl FnOnce() -> Result<()>) -> VmixStatus {
             Failure::new(VmixStatus::Internal, message)
         }
     };
-    let message = c_string(&failure.message);
+    let message = c_string(&shortened(failure.message));
     // Not there any more while the thread ends: then the status has to do.
     let _ = LAST_ERROR.try_with(|last| *last.borrow_mut() = message);
     failure.status
+}
+
+/// Messages list what is known, and files may hold any number of things.
+fn shortened(mut message: String) -> String {
+    const LONGEST: usize = 4096;
+    if message.len() > LONGEST {
+        message.truncate(message.floor_char_boundary(LONGEST));
+        message.push('…');
+    }
+    message
 }
 
 thread_local! {

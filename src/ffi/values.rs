@@ -50,7 +50,7 @@ impl VmixValues {
 /// Opens a preset file, all of which is read and checked now.
 ///
 /// `path`: bytes on Unix, UTF-8 on Windows. `*out` is freed with vmix_values_free().
-/// Statuses: NULL_ARGUMENT, IO, INVALID_FILE.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
 #[ffi_export]
 unsafe fn vmix_values_open(path: *const c_char, out: *mut *mut VmixValues) -> VmixStatus {
     boundary(|| unsafe {
@@ -63,7 +63,7 @@ unsafe fn vmix_values_open(path: *const c_char, out: *mut *mut VmixValues) -> Vm
 
 /// Opens a preset file of `size` bytes that lies in memory; what is needed is copied.
 ///
-/// Statuses: NULL_ARGUMENT, INVALID_FILE.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (a size beyond memory), INVALID_FILE.
 #[ffi_export]
 unsafe fn vmix_values_open_memory(
     data: *const c_void,
@@ -270,7 +270,7 @@ unsafe fn vmix_values_get(
 /// `{1, context_tokens, heads, inner_dim / heads}` for any number of heads, in the buffer's dtype.
 ///
 /// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, OUT_OF_RANGE, NOT_FOUND (where vmix_values_get() gives
-/// NULL).
+/// NULL), UNSUPPORTED (a view of a later version).
 #[ffi_export]
 unsafe fn vmix_values_copy(
     values: *const VmixValues,

@@ -498,7 +498,8 @@ def layers() -> Iterator[Case]:
     yield "layers-none", "adapter", none, f"{key} at least one layer, found none"
     nameless = adapter().remove(weight(UP)).put(weight(""), tensor(2, D))
     nameless.set("vmix.ldm_names", {DOWN: "a", "": ""})
-    yield "layer-without-name", "adapter", nameless.file(), OPENS
+    expected = f"{key} a name of its own per layer, found a layer without a name"
+    yield "layer-without-name", "adapter", nameless.file(), expected
     key = "metadata `vmix.inner_dims`: expected a JSON object of the value width of every layer"
     large = "metadata `vmix.context_tokens`: expected at most 268435456 numbers in the values"
     for name, dims, expected in [
@@ -755,10 +756,14 @@ def presets() -> Iterator[Case]:
     both_passes = contrast().set("vmix.apply_to", "both")
     expected = f"tensor `{DOWN}.v_aes_uncond`: expected no such tensor, found one"
     yield bad("both-with-uncond", both_passes, expected)
-    # A layer of no name must not make room for tensors of any name.
     nameless = preset().remove(f"{UP}.v_aes").put(".v_aes", tensor(C, 2)).put("x", tensor(1))
     nameless.set("vmix.ldm_names", {DOWN: "a", "": "b"})
-    yield bad("layer-without-name", nameless, OPENS)
+    expected = (
+        "metadata `vmix.ldm_names`: expected a name of its own per layer, found a layer without"
+    )
+    yield bad("layer-without-name", nameless, expected)
+    stray = preset().put("x", tensor(1))
+    yield bad("stray-tensor", stray, "tensor `x`: expected no such tensor, found one")
     expected = "metadata `vmix.kind`: expected `preset`, found `adapter`"
     yield bad("as-adapter", preset().set("vmix.kind", "adapter"), expected)
     large = preset().set("vmix.context_tokens", "4096")

@@ -362,6 +362,19 @@ fn links_stay_links_and_devices_devices() {
     assert_eq!(error.to_string(), words);
 }
 
+/// A file can hold anything, a message cannot.
+#[test]
+fn messages_are_short_and_say_nothing_to_the_terminal() {
+    let mut parts = small();
+    parts.set(
+        "vmix.base",
+        &format!("\x1b[31m\u{202e}{}", "x".repeat(10_000)),
+    );
+    let error = parts.adapter().unwrap_err().to_string();
+    assert!(error.contains(r"found `\u{1b}[31m\u{202e}xxx"), "{error}");
+    assert!(error.ends_with('…') && error.len() < 600, "{error}");
+}
+
 /// What the safetensors crate leaves out: which tensor, how many bytes.
 #[test]
 fn damaged_files_are_described_in_numbers() {
