@@ -72,8 +72,8 @@ pub(super) fn boundary(body: impl FnOnce() -> Result<()>) -> VmixStatus {
 /// Messages list what is known, and files may hold any number of things.
 fn shortened(mut message: String) -> String {
     const LONGEST: usize = 4096;
-    if message.len() > LONGEST {
-        message.truncate(message.floor_char_boundary(LONGEST));
+    if let Some((end, _)) = message.char_indices().nth(LONGEST) {
+        message.truncate(end);
         message.push('…');
     }
     message
@@ -149,6 +149,12 @@ mod tests {
         assert_eq!(boundary(|| fail("a\0b")), VmixStatus::NotFound);
         assert_eq!(boundary(|| Ok(())), VmixStatus::Ok);
         assert_eq!(words(), "a");
+    }
+
+    #[test]
+    fn messages_are_cut_between_characters() {
+        assert_eq!(shortened("ü".repeat(5000)), "ü".repeat(4096) + "…");
+        assert_eq!(shortened("ü".repeat(4096)), "ü".repeat(4096));
     }
 
     #[test]
