@@ -7,6 +7,8 @@ RUST_SOURCES := $(shell find src bindings benches tests/rust examples/rust -name
 	Cargo.toml bindings/python/Cargo.toml Cargo.lock
 TARGET := $(shell rustc -vV | sed -n 's/^host: //p')
 PREFIX ?= /usr/local
+# Where the C library is built as it is installed.
+CAPI := target/capi/release
 # How long each fuzz target runs.
 FUZZ_SECONDS ?= 120
 
@@ -31,7 +33,7 @@ python/vmix/_native.abi3.so: $(RUST_SOURCES)
 	# Renamed into place: a module that a running process has mapped must not change.
 	cp target/debug/lib_native.$(NATIVE) $@.new && mv $@.new $@
 
-test: setup ## all tests but the slow ones; under 25 minutes on two cores, set-up included
+test: setup ## all tests but the slow ones
 	cargo test --locked --workspace
 	$(PY) -m pytest
 	$(MAKE) test-c
@@ -51,7 +53,7 @@ fuzz/target/ready: $(RUST_SOURCES) $(wildcard fuzz/fuzz_targets/*.rs) fuzz/Cargo
 	fuzz/build.sh
 	touch $@
 
-# The library with ThreadSanitizer. The standard library comes without, but its locks are seen.
+# The library with ThreadSanitizer. The standard library comes without: see tests/c/tsan.supp.
 target/tsan/ready: $(RUST_SOURCES)
 	RUSTC_BOOTSTRAP=1 CARGO_PROFILE_DEV_OPT_LEVEL=1 \
 		RUSTFLAGS="-Zsanitizer=thread -Cunsafe-allow-abi-mismatch=sanitizer" \
@@ -82,21 +84,22 @@ bench: .venv/ready ## ratios to vanilla diffusers and to safetensors + torch
 	$(PY) benches/bench_values.py
 	$(PY) benches/bench_diffusers.py
 
-bench-c: target/release/libvmix.a ## nanoseconds per call of the C library, and mixing against memcpy
-	gcc -O2 -std=c11 -Iinclude benches/bench_c.c target/release/libvmix.a -lpthread -ldl -lm \
-		-o target/release/bench_c
-	target/release/bench_c examples/demo/adapter.safetensors
+bench-c: $(CAPI)/libvmix.a ## nanoseconds per call of the C library, and mixing against memcpy
+	gcc -O2 -std=c11 -Iinclude benches/bench_c.c $< -lpthread -ldl -lm -o $(CAPI)/bench_c
+	$(CAPI)/bench_c examples/demo/adapter.safetensors
 
 headers: setup ## include/vmix.h and vmix_types.h from src/ffi
 	VMIX_WRITE_HEADERS=1 cargo test --locked --workspace --features vmix-adapter/headers --test headers
 
-# By rustc's own list of crate types: with the rlib among them there is no link-time optimisation.
-target/release/libvmix.a: $(RUST_SOURCES)
-	cargo rustc --locked --release --lib --crate-type cdylib --crate-type staticlib
+# By crate types of its own: with the rlib among them there is no link-time optimisation. In a folder
+# of its own: a release build for Python leaves a library without it.
+$(CAPI)/libvmix.a: $(RUST_SOURCES)
+	cargo rustc --locked --release --lib --crate-type cdylib --crate-type staticlib \
+		--target-dir target/capi
 	touch $@
 
-install: target/release/libvmix.a ## the C library, headers, vmix.pc and CMake package, into PREFIX
-	PREFIX="$(PREFIX)" packaging/install.sh
+install: $(CAPI)/libvmix.a ## the C library, headers, vmix.pc and CMake package, into PREFIX
+	PREFIX="$(PREFIX)" PROFILE="$(CAPI)" packaging/install.sh
 
 requirements: .venv/ready ## pins the newest versions of everything in requirements-dev.txt
 	.venv/bin/uv pip compile --quiet --universal --upgrade --extra dev --python-version 3.11 \

@@ -7,7 +7,7 @@
 #   DESTDIR     put before all paths, for packages
 #   LIBDIR      libraries, pkgconfig/, cmake/   PREFIX/lib
 #   INCLUDEDIR  headers                         PREFIX/include
-#   PROFILE     folder of the built libraries   target/release
+#   PROFILE     folder of the built libraries   target/capi/release
 set -eu
 
 fail() {
@@ -28,7 +28,7 @@ PREFIX=${PREFIX:-/usr/local}
 DESTDIR=${DESTDIR:-}
 LIBDIR=${LIBDIR:-${PREFIX%/}/lib}
 INCLUDEDIR=${INCLUDEDIR:-${PREFIX%/}/include}
-PROFILE=${PROFILE:-$root/target/release}
+PROFILE=${PROFILE:-$root/target/capi/release}
 
 # They are written into files that are read from anywhere.
 for path in "$PREFIX" "$LIBDIR" "$INCLUDEDIR"; do
@@ -79,11 +79,11 @@ elif [ -f "$PROFILE/vmix.dll" ]; then
         static=vmix.lib
     fi
 else
-    fail "no library in $PROFILE: run \`cargo build --locked --release\`, or set PROFILE"
+    fail "no library in $PROFILE: run \`make install\`, or set PROFILE"
 fi
 for name in $static $implib; do
     [ -f "$PROFILE/$name" ] ||
-        fail "no $name in $PROFILE: run \`cargo build --locked --release\`, or set PROFILE"
+        fail "no $name in $PROFILE: run \`make install\`, or set PROFILE"
 done
 
 # A path below PREFIX as `$2` says it; others as they are.

@@ -126,6 +126,25 @@ fn did_you_mean(nearest: &Option<String>) -> String {
         .unwrap_or_default()
 }
 
+/// What a file says, in a message: a bomb is cut to so many characters, and nothing speaks to the
+/// terminal.
+pub(crate) fn presentable(text: &str, longest: usize) -> String {
+    let mut shown = String::new();
+    for (i, c) in text.chars().enumerate() {
+        if i == longest {
+            shown.push('…');
+            break;
+        }
+        match c {
+            // Control characters, and those that turn the direction of writing.
+            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => shown.extend(c.escape_unicode()),
+            c if c.is_control() => shown.extend(c.escape_default()),
+            c => shown.push(c),
+        }
+    }
+    shown
+}
+
 /// The candidate spelt most like `name`, if it is close enough to be what was meant.
 pub(crate) fn nearest<'a>(name: &str, candidates: impl Iterator<Item = &'a str>) -> Option<String> {
     const CLOSE_ENOUGH: f64 = 0.5;

@@ -7,7 +7,10 @@ use safetensors::{SafeTensorError, SafeTensors};
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
-use crate::{DType, Error, Result, Tensor, json::UniqueHeader};
+use crate::{DType, Error, Result, Tensor, error::presentable, json::UniqueHeader};
+
+/// Characters of a file's own words in a message.
+const LONGEST_FOUND: usize = 400;
 
 /// A safetensors file whose header has been read and checked.
 #[derive(Debug)]
@@ -214,7 +217,7 @@ impl File {
             file: self.name.clone(),
             key: key.to_owned(),
             expected: expected.into(),
-            found: presentable(&found.into()),
+            found: presentable(&found.into(), LONGEST_FOUND),
         }
     }
 
@@ -226,30 +229,11 @@ impl File {
     ) -> Error {
         Error::Tensor {
             file: self.name.clone(),
-            tensor: presentable(tensor),
+            tensor: presentable(tensor, LONGEST_FOUND),
             expected: expected.into(),
-            found: presentable(&found.into()),
+            found: presentable(&found.into(), LONGEST_FOUND),
         }
     }
-}
-
-/// What a file says, in a message: a bomb is cut short, and nothing speaks to the terminal.
-pub(crate) fn presentable(text: &str) -> String {
-    const LONGEST: usize = 400;
-    let mut shown = String::new();
-    for c in text.chars() {
-        if shown.len() > LONGEST {
-            shown.push('…');
-            break;
-        }
-        match c {
-            // Control characters, and those that turn the direction of writing.
-            '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => shown.extend(c.escape_unicode()),
-            c if c.is_control() => shown.extend(c.escape_default()),
-            c => shown.push(c),
-        }
-    }
-    shown
 }
 
 /// What is wrong with a file that the safetensors crate refused, in numbers, where that can be said.

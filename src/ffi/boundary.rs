@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::types::VmixStatus;
-use crate::Error;
+use crate::{Error, error::presentable};
 
 /// Why a call failed.
 #[derive(Debug)]
@@ -63,20 +63,11 @@ pub(super) fn boundary(body: impl FnOnce() -> Result<()>) -> VmixStatus {
             Failure::new(VmixStatus::Internal, message)
         }
     };
-    let message = c_string(&shortened(failure.message));
+    // Messages list what is known, and files may hold any number of things.
+    let message = c_string(&presentable(&failure.message, 4096));
     // Not there any more while the thread ends: then the status has to do.
     let _ = LAST_ERROR.try_with(|last| *last.borrow_mut() = message);
     failure.status
-}
-
-/// Messages list what is known, and files may hold any number of things.
-fn shortened(mut message: String) -> String {
-    const LONGEST: usize = 4096;
-    if let Some((end, _)) = message.char_indices().nth(LONGEST) {
-        message.truncate(end);
-        message.push('…');
-    }
-    message
 }
 
 thread_local! {
@@ -148,13 +139,16 @@ mod tests {
         let fail = |words: &str| Err(Failure::new(VmixStatus::NotFound, words));
         assert_eq!(boundary(|| fail("a\0b")), VmixStatus::NotFound);
         assert_eq!(boundary(|| Ok(())), VmixStatus::Ok);
-        assert_eq!(words(), "a");
+        assert_eq!(words(), r"a\u{0}b");
     }
 
     #[test]
     fn messages_are_cut_between_characters() {
-        assert_eq!(shortened("ü".repeat(5000)), "ü".repeat(4096) + "…");
-        assert_eq!(shortened("ü".repeat(4096)), "ü".repeat(4096));
+        for (count, expected) in [(5000, "ü".repeat(4096) + "…"), (4096, "ü".repeat(4096))] {
+            let fail = || Err(Failure::new(VmixStatus::NotFound, "ü".repeat(count)));
+            assert_eq!(boundary(fail), VmixStatus::NotFound);
+            assert_eq!(words(), expected);
+        }
     }
 
     #[test]

@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ADAPTER, ROOT, tool
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
 
-ROOT = Path(__file__).parents[2]
-ADAPTER = ROOT / "examples" / "demo" / "adapter.safetensors"
 CMAKE = Path(sys.executable).parent / "cmake"
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
 KINDS = {
@@ -263,7 +262,7 @@ def declared() -> set[str]:
 
 def pkg_config(prefix: Path, *arguments: str) -> list[str]:
     folder = str(prefix / "lib" / "pkgconfig")
-    return shlex.split(run("pkg-config", *arguments, "vmix", PKG_CONFIG_PATH=folder))
+    return shlex.split(run(tool("pkg-config"), *arguments, "vmix", PKG_CONFIG_PATH=folder))
 
 
 def cmake(source: Path, build: Path, *arguments: str) -> str:
@@ -315,7 +314,7 @@ def test_pkg_config(installed: Path, tmp_path: Path, linking: str) -> None:
         "static": shlex.split(
             # A variable is plain text, in which spaces are not quoted.
             run(
-                "pkg-config",
+                tool("pkg-config"),
                 "--variable=static_libs",
                 "vmix",
                 PKG_CONFIG_PATH=str(installed / "lib" / "pkgconfig"),
@@ -457,10 +456,10 @@ def test_names_on_other_systems(tmp_path: Path, kind: str) -> None:
 
 
 def test_installing_says_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"no library in .*cargo build"):
+    with pytest.raises(AssertionError, match=r"no library in .*make install"):
         install(PREFIX=tmp_path / "prefix", PROFILE=tmp_path)
     (tmp_path / "libvmix.so").touch()
-    with pytest.raises(AssertionError, match=r"no libvmix\.a in .*cargo build"):
+    with pytest.raises(AssertionError, match=r"no libvmix\.a in .*make install"):
         install(PREFIX=tmp_path / "prefix", PROFILE=tmp_path)
     with pytest.raises(AssertionError, match="absolute"):
         install(PREFIX="prefix", PROFILE=tmp_path)
@@ -497,6 +496,6 @@ def test_wrapper_has_every_function() -> None:
 
 @pytest.mark.slow
 def test_the_release_library_is_small() -> None:
-    subprocess.run(["make", "target/release/libvmix.a"], cwd=ROOT, check=True)
+    subprocess.run(["make", "target/capi/release/libvmix.a"], cwd=ROOT, check=True)
     # What hosts are promised. The profile strips it, and leaves out what nothing uses.
-    assert (ROOT / "target/release/libvmix.so").stat().st_size < 2_500_000
+    assert (ROOT / "target/capi/release/libvmix.so").stat().st_size < 2_500_000
