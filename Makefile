@@ -86,7 +86,7 @@ bench: .venv/ready ## ratios to vanilla diffusers and to safetensors + torch
 
 bench-c: $(CAPI)/libvmix.a ## nanoseconds per call of the C library, and mixing against memcpy
 	gcc -O2 -std=c11 -Iinclude benches/bench_c.c $< -lpthread -ldl -lm -o $(CAPI)/bench_c
-	$(CAPI)/bench_c examples/demo/adapter.safetensors
+	$(CAPI)/bench_c comfy_nodes/demo/adapter.safetensors
 
 headers: setup ## include/vmix.h and vmix_types.h from src/ffi
 	VMIX_WRITE_HEADERS=1 cargo test --locked --workspace --features vmix-adapter/headers --test headers

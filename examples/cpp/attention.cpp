@@ -1,7 +1,7 @@
 /*
  * Value-mixed cross-attention of one layer, with vmix::attention() and as the paper writes it.
  *
- *   attention examples/demo/adapter.safetensors
+ *   attention comfy_nodes/demo/adapter.safetensors
  *
  * The paper's equations 3, 8 and 9 have two branches, softmax(Q K^T / sqrt D) V_c and lambda times
  * softmax(Q K^T / sqrt D) V_a; vmix adds lambda V_a to V_c and needs one. Exits with 1 where they

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+DEMO = HERE.parents[1] / "comfy_nodes" / "demo"  # what the node pack brings along
 CACHE = Path.home() / ".cache" / "vmix-demo"
 
 DATA = ["--count=2400", "--seed=1"]
@@ -40,8 +41,8 @@ RUNS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--base", type=Path, default=HERE / "model")
-    parser.add_argument("--out", type=Path, default=HERE)
+    parser.add_argument("--base", type=Path, default=DEMO / "model")
+    parser.add_argument("--out", type=Path, help="Where all files go.")
     parser.add_argument("--work", type=Path, default=CACHE / "adapter")
     parser.add_argument(
         "--only", choices=RUNS, action="append", help="Runs to do; all unless given."
@@ -66,7 +67,8 @@ def main() -> None:
         for file, suffix in (("vmix", ""), ("pytorch_lora_weights", "-lora")):
             made = folder / f"{file}.safetensors"
             if made.exists():
-                target = args.out / f"{name}{suffix}.safetensors"
+                out = args.out or (DEMO if name == "adapter" else HERE)
+                target = out / f"{name}{suffix}.safetensors"
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(made, target)
                 print(f"{target} {target.stat().st_size / 1000:.0f} kB")

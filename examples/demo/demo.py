@@ -1,4 +1,4 @@
-"""The demo: one grid of pictures and one table, made with the small model in this folder.
+"""The demo: one grid of pictures and one table, made with the small model of the node pack.
 
     make demo
 
@@ -26,6 +26,7 @@ from vmix.diffusers import load_vmix, unload_vmix
 from vmix.measures import HUE_BANDS, MEASURES, hue_matches
 
 HERE = Path(__file__).resolve().parent
+DEMO = HERE.parents[1] / "comfy_nodes" / "demo"  # what the node pack brings along
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
 
 PROMPTS = (
@@ -44,7 +45,7 @@ Images = NDArray[np.float64]
 Pair = tuple[str, int]  # prompt and seed
 
 
-def open_pipeline(folder: Path = HERE / "model") -> Any:
+def open_pipeline(folder: Path = DEMO / "model") -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning)  # about settings the model needs
     transformers.logging.set_verbosity_error()
     diffusers.logging.set_verbosity_error()
@@ -180,8 +181,8 @@ def table(pipe: Any, adapter: Adapter, bar: Any) -> Iterator[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, default=HERE / "model")
-    parser.add_argument("--adapter", type=Path, default=HERE / "adapter.safetensors")
+    parser.add_argument("--model", type=Path, default=DEMO / "model")
+    parser.add_argument("--adapter", type=Path, default=DEMO / "adapter.safetensors")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
     parser.add_argument("--seed", type=int, default=0, help="Of the grid.")
     parser.add_argument("--grid-only", action="store_true")

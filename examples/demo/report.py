@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from demo import (
     BATCH,
+    DEMO,
     GUIDANCE,
     HERE,
     STEPS,
@@ -619,8 +620,8 @@ pictures without labels, of which half are negative in each.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--model", type=Path, default=HERE / "model")
-    parser.add_argument("--adapter", type=Path, default=HERE / "adapter.safetensors")
+    parser.add_argument("--model", type=Path, default=DEMO / "model")
+    parser.add_argument("--adapter", type=Path, default=DEMO / "adapter.safetensors")
     parser.add_argument("--ablation", type=Path, default=HERE / "ablation")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "vmix-demo")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "demo")

@@ -2,7 +2,7 @@
 //! does not link to this crate.
 //!
 //! ```sh
-//! cargo run --example host -- libvmix.so examples/demo/adapter.safetensors
+//! cargo run --example host -- libvmix.so comfy_nodes/demo/adapter.safetensors
 //! ```
 //!
 //! It mixes the values of one layer, and compares them with V_c + λ·V_a in plain Rust.

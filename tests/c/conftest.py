@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ADAPTER = ROOT / "examples/demo/adapter.safetensors"
+ADAPTER = ROOT / "comfy_nodes/demo/adapter.safetensors"
 SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O1", "-g"]

@@ -1,6 +1,6 @@
 """Build the demo's base model from nothing: pictures, autoencoder, latents, base model, export.
 
-    python examples/demo/base/build.py --out examples/demo/model
+    python examples/demo/base/build.py --out comfy_nodes/demo/model
 
 Every stage leaves its result in the work folder and is skipped when it is there, and the two
 trainings continue from their last checkpoint, so the command can be repeated after a break.
