@@ -12,8 +12,13 @@ CAPI := target/capi/release
 # How long each fuzz target runs.
 FUZZ_SECONDS ?= 120
 
-.PHONY: help setup test test-c test-full fuzz lint demo demo-report bench bench-c headers install \
-	requirements clean
+# A ComfyUI to test the nodes in, and an environment of its own for it.
+COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
+COMFY_VENV ?= target/comfy-venv/$(notdir $(COMFYUI_PATH))
+COMFY_PY := $(COMFY_VENV)/bin/python
+
+.PHONY: help setup test test-c test-full test-comfy fuzz lint demo demo-report bench bench-c \
+	bench-comfy headers wheel install requirements clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -35,7 +40,7 @@ python/vmix/_native.abi3.so: $(RUST_SOURCES)
 
 test: setup ## all tests but the slow ones
 	cargo test --locked --workspace
-	$(PY) -m pytest
+	$(PY) -m pytest -rs
 	$(MAKE) test-c
 
 test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hosts, sanitizers, fuzzing
@@ -45,8 +50,29 @@ test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hos
 
 test-full: test-c ## also the slow tests, and the wheel in an empty environment
 	cargo test --locked --workspace
-	$(PY) -m pytest -m '' tests/python tests/c
+	$(PY) -m pytest -rs -m 'not soak' tests/python tests/c tests/comfy
 	tests/wheel.sh
+
+wheel: .venv/ready ## dist/vmix_adapter-*.whl, for pip install
+	.venv/bin/maturin build --locked --release --quiet --strip --out dist
+
+# The newest wheel, as `pip install` would have it beside ComfyUI's own requirements.
+$(COMFY_VENV)/ready: $(RUST_SOURCES) $(wildcard python/vmix/*.py) .venv/ready
+	@test -e "$(COMFYUI_PATH)/comfy/sd.py" || \
+		{ echo "no ComfyUI at $(COMFYUI_PATH): set COMFYUI_PATH"; exit 1; }
+	$(MAKE) wheel
+	.venv/bin/uv venv --quiet --allow-existing --python $(PYTHON) $(COMFY_VENV)
+	if [ -e "$(COMFYUI_PATH)/requirements.txt" ]; \
+	then .venv/bin/uv pip install --quiet --python $(COMFY_PY) -r "$(COMFYUI_PATH)/requirements.txt"; \
+	else .venv/bin/uv pip install --quiet --python $(COMFY_PY) "$(COMFYUI_PATH)"; fi
+	# torchaudio's newest wheel does not fit torch's; ComfyUI does without it.
+	.venv/bin/uv pip uninstall --quiet --python $(COMFY_PY) torchaudio
+	.venv/bin/uv pip install --quiet --python $(COMFY_PY) diffusers playwright pytest requests
+	.venv/bin/uv pip install --quiet --python $(COMFY_PY) --reinstall --no-deps dist/*.whl
+	touch $@
+
+test-comfy: $(COMFY_VENV)/ready ## the nodes in the real ComfyUI of COMFYUI_PATH: numbers, server, browser
+	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_PY) -m pytest -rs -m '' tests/comfy
 
 # The library with AddressSanitizer and coverage, and the fuzz targets.
 fuzz/target/ready: $(RUST_SOURCES) $(wildcard fuzz/fuzz_targets/*.rs) fuzz/Cargo.toml fuzz/Cargo.lock
@@ -84,6 +110,9 @@ bench: .venv/ready ## ratios to vanilla diffusers and to safetensors + torch
 	$(PY) benches/bench_values.py
 	$(PY) benches/bench_diffusers.py
 
+bench-comfy: $(COMFY_VENV)/ready ## ratios to a vanilla ComfyUI, of COMFYUI_PATH
+	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_PY) benches/bench_comfy.py
+
 bench-c: $(CAPI)/libvmix.a ## nanoseconds per call of the C library, and mixing against memcpy
 	gcc -O2 -std=c11 -Iinclude benches/bench_c.c $< -lpthread -ldl -lm -o $(CAPI)/bench_c
 	$(CAPI)/bench_c comfy_nodes/demo/adapter.safetensors
@@ -106,4 +135,4 @@ requirements: .venv/ready ## pins the newest versions of everything in requireme
 		--no-emit-package vmix-adapter pyproject.toml -o requirements-dev.txt
 
 clean:
-	rm -rf target fuzz/target .venv out python/vmix/_native.abi3.so
+	rm -rf target fuzz/target .venv out dist python/vmix/_native.abi3.so

@@ -29,14 +29,14 @@ ADAPTER = FOLDER / "adapter.safetensors"
 NAME = "VMix demo adapter"
 
 
-class LatentFormat(comfy.latent_formats.LatentFormat):
+class LatentFormat(comfy.latent_formats.LatentFormat):  # type: ignore[misc]
     latent_channels = 16
 
     def __init__(self) -> None:
         self.scale_factor = _config("vae")["scaling_factor"]
 
 
-class DemoModel(comfy.supported_models_base.BASE):
+class DemoModel(comfy.supported_models_base.BASE):  # type: ignore[misc]
     unet_config: dict[str, Any] = {}  # noqa: RUF012  (as in ComfyUI's own subclasses)
     # "linear" is ComfyUI's name for diffusers' "scaled_linear".
     sampling_settings = {  # noqa: RUF012

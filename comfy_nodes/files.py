@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
@@ -43,6 +43,9 @@ class Pair(NamedTuple):
 
     cond: Tensor
     uncond: Tensor | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Pair:
+        return Pair(function(self.cond), None if self.uncond is None else function(self.uncond))
 
 
 @dataclass(frozen=True)
@@ -104,10 +107,8 @@ class VMix:
         pairs = {}
         for layer in self.layers:
             uncond = values.uncond(layer) if policy == "contrast" else None
-            pairs[layer] = Pair(
-                from_dlpack(values[layer]).to(dtype),
-                None if uncond is None else from_dlpack(uncond).to(dtype),
-            )
+            pair = Pair(from_dlpack(values[layer]), None if uncond is None else from_dlpack(uncond))
+            pairs[layer] = pair.map(lambda v: v.to(dtype))
         return pairs
 
     def features(self, chosen: Selection | None, apply_to: str) -> Pair:
@@ -233,7 +234,14 @@ def _open_without_native(path: str | os.PathLike[str], name: str) -> VMix:
             metadata.get("vmix.value_weights", "own"),
             _PresetFile(path) if kind == "preset" else None,
         )
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
         raise ValueError(f"{name}: broken metadata: {type(error).__name__}: {error}") from None
     if kind == "preset":
         suffixes = (".v_aes", ".v_aes_uncond") if found.apply_to == "contrast" else (".v_aes",)

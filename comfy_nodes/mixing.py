@@ -42,15 +42,16 @@ class Layer:
         pair = self.values
         assert pair is not None
         if pair.cond.device != like.device or pair.cond.dtype != like.dtype:
-            pair = self.values = Pair(*(v if v is None else v.to(like) for v in pair))
+            pair = self.values = pair.map(lambda v: v.to(like))
         return pair
 
     def mixed(self, value: Tensor, aes: Tensor | None, tokens: int) -> Tensor:
         """V_c + λ·V_a (eq. 9) for `value` [B, k·tokens, inner_dim]."""
         if aes is None:
             return value
-        tiled = value.unflatten(1, (-1, tokens))
-        return torch.add(tiled, aes, alpha=self.strength).flatten(1, 2)
+        batch, length, width = value.shape
+        tiled = value.reshape(batch, length // tokens, tokens, width)
+        return torch.add(tiled, aes, alpha=self.strength).view(value.shape)
 
     def value_forward(self, original: Any, chunks: Chunks, apply_to: str, tokens: int) -> Any:
         """`to_v.forward` with λ·V_a added. The same function for the same arguments, so that a
@@ -150,8 +151,8 @@ class ValueMix:
         assert self.features is not None
         weight = to_v.weight
         dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.float32
-        f_a = (v if v is None else v.to(weight.device, dtype) for v in self.features)
-        return Pair(*(v if v is None else type(to_v).forward(to_v, v[None])[0] for v in f_a))
+        forward = type(to_v).forward
+        return self.features.map(lambda f_a: forward(to_v, f_a[None].to(weight.device, dtype))[0])
 
     def _masked(
         self, layer: Layer, attn: Any, chunks: Chunks, latent: Sequence[int]

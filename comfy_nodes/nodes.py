@@ -472,8 +472,7 @@ def register_folders() -> None:
         FOLDER, os.path.join(folder_paths.get_output_directory(), FOLDER)
     )
     # A new key comes with no extensions at all, which would list every file.
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {".safetensors"})
+    folder_paths.folder_names_and_paths[FOLDER][1].add(".safetensors")
 
 
 def register_routes() -> None:

@@ -30,7 +30,7 @@ def parse_selection(text: str) -> dict[str, float]:
     """The JSON object label → weight of a selection widget; nothing at all is an empty one."""
     try:
         found = json.loads(text) if text.strip() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             f'aesthetics: expected JSON such as {{"vibrant color": 1.0}}, found {text!r}: {error}'
         ) from None
@@ -93,7 +93,7 @@ def parse_strengths(text: str) -> list[float]:
 def _number(name: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (OverflowError, TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name}: expected a finite number, found {value!r}")
