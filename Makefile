@@ -53,8 +53,8 @@ test-full: test-c ## also the slow tests, and the wheel in an empty environment
 	$(PY) -m pytest -rs -m 'not soak' tests/python tests/c tests/comfy
 	tests/wheel.sh
 
-wheel: .venv/ready ## dist/vmix_adapter-*.whl, for pip install
-	.venv/bin/maturin build --locked --release --quiet --strip --out dist
+wheel: ## dist/vmix_adapter-*.whl, for pip install
+	$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # The newest wheel, as `pip install` would have it beside ComfyUI's own requirements.
 $(COMFY_VENV)/ready: $(RUST_SOURCES) $(wildcard python/vmix/*.py) .venv/ready

@@ -29,8 +29,8 @@ else:
     native = _vmix
 
 INSTALL = (
-    "needs the Rust module, which is not installed here: run `python -m pip install vmix-adapter` "
-    "(or the wheel that `make wheel` builds) with ComfyUI's own Python, then restart ComfyUI"
+    "needs the Rust module `vmix`, which is not installed here: install the vmix-adapter wheel with "
+    "ComfyUI's own Python (step 2 of this node pack's README.md), then restart ComfyUI"
 )
 APPLY_TO = ("cond", "both", "contrast")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
