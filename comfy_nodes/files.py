@@ -29,7 +29,7 @@ else:
     native = _vmix
 
 INSTALL = (
-    "needs the Rust module `vmix`, which is not installed here: install the vmix-adapter wheel with "
+    "needs the Rust module vmix, which is not installed here: install the vmix-adapter wheel with "
     "ComfyUI's own Python (step 2 of this node pack's README.md), then restart ComfyUI"
 )
 APPLY_TO = ("cond", "both", "contrast")

@@ -400,10 +400,11 @@ def checked_layers(model: Any, vmix: VMix) -> dict[str, str]:
     """Diffusers path → LDM path of all layers of the file, which must be those of the model."""
     config = model.model.model_config
     paths = layer_paths(comfy.utils.unet_to_diffusers(config.unet_config))
-    found = {
-        name: model.get_model_object(f"diffusion_model.{path}.to_v").out_features
-        for name, path in paths.items()
-    }
+    found = {}
+    for name, path in paths.items():
+        to_v = model.get_model_object(f"diffusion_model.{path}.to_v")
+        # Another pack's module in its place need not tell its width.
+        found[name] = getattr(to_v, "out_features", vmix.layers.get(name))
     context = config.unet_config.get("context_dim") if found else None
     if found == dict(vmix.layers) and vmix.context_dim in (None, context):
         return paths

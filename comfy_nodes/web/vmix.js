@@ -202,7 +202,7 @@ class Panel {
   row(label, disabled) {
     const row = element("div", "vmix-row");
     const [name, tooltip] = described(label);
-    const title = element("label", "vmix-name", name);
+    const title = element("span", "vmix-name", name);
     const slider = element("input", "vmix-slider");
     Object.assign(slider, { type: "range", min: 0, max: 2, step: 0.05 });
     const number = element("input", "vmix-number");

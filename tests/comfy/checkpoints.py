@@ -32,7 +32,6 @@ import comfy.cli_args
 comfy.cli_args.args.cpu = True  # comfy.model_management asks for a GPU otherwise.
 
 import comfy.clip_model
-import comfy.latent_formats
 import comfy.ops
 import comfy.supported_models
 import comfy.utils
@@ -176,9 +175,8 @@ def vae(kind: Kind, full: bool) -> Spec:
     """The VAE's keys, without a prefix: TAESD's for a mini, since the usual one has one size."""
     if full:
         return build(AutoencoderKL, ddconfig=VAE, embed_dim=4)
-    family = FAMILIES[kind].latent_format()
-    scale = {"vae_scale": torch.tensor(family.scale_factor), "vae_shift": torch.tensor(0.0)}
-    return build(TAESD) | scale
+    scale = FAMILIES[kind].latent_format().scale_factor
+    return build(TAESD) | {"vae_scale": torch.tensor(scale), "vae_shift": torch.tensor(0.0)}
 
 
 def clip(module: Callable[..., torch.nn.Module], config: str) -> Spec:

@@ -27,7 +27,13 @@ class PromptError(RuntimeError):
 class Server:
     """ComfyUI with a base directory of its own; the pack is linked into its custom_nodes."""
 
-    def __init__(self, base: Path, *options: str, packs: Mapping[str, Path] | None = None) -> None:
+    def __init__(
+        self,
+        base: Path,
+        *options: str,
+        packs: Mapping[str, Path] | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         self.base = base
         for folder in ("custom_nodes", "models", "input", "output", "user"):
             (base / folder).mkdir(parents=True, exist_ok=True)
@@ -46,6 +52,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=base,
+                env={**os.environ, **(environment or {})},
             )
         for _ in range(600):
             if self.process.poll() is not None:

@@ -323,6 +323,7 @@ def test_freeu(model_file: Any, tmp_path: Any) -> None:
     """FreeU acts on 640 and 1280 channels, so on the real widths alone."""
     base = bases.load("sd15", model_file("sd15"), dtype=torch.float32)
     bases.give_adapter(base, tmp_path, known=True)
+    base.size = 16  # below two by two, FreeU divides by zero
     patch = node("comfy_extras.nodes_freelunch", "FreeU_V2", b1=1.3, b2=1.4, s1=0.9, s2=0.2)(
         base, model_file
     )
@@ -335,25 +336,32 @@ def test_freeu(model_file: Any, tmp_path: Any) -> None:
 # --- how the model is held -----------------------------------------------------------------------
 
 
-def test_fp8_weights(model_file: Any, tmp_path: Any) -> None:
-    base = bases.load("sd15", model_file("sd15-mini"), width=320, dtype=torch.float8_e4m3fn)
-    assert base.model.model.get_dtype() == torch.float8_e4m3fn
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float16", "bfloat16"])
+def test_small_weights(model_file: Any, tmp_path: Any, dtype: str) -> None:
+    """Stored small, cast to fp32 at every call, as ComfyUI does on a CPU."""
+    weights = getattr(torch, dtype)
+    base = bases.load("sd15", model_file("sd15-mini"), width=320, dtype=weights)
+    assert base.model.model.get_dtype() == weights
     bases.give_adapter(base, tmp_path)
     agree(base, base.ours(base.model), base.literal(base.model))
 
 
-def test_half_precision(model_file: Any, tmp_path: Any) -> None:
-    """fp16 rounds both ways of computing differently: what is asked is that the distance to the
-    fp32 result does not grow by more than a tenth."""
-    precise = bases.give_adapter(bases.load("sd15", model_file("sd15-mini"), width=320), tmp_path)
-    expected = precise.sample(precise.literal(precise.model))
-    half = bases.load("sd15", model_file("sd15-mini"), width=320, dtype=torch.float16)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_computing_in_half_precision(
+    sd15: Base, model_file: Any, tmp_path: Any, dtype: str
+) -> None:
+    """As on a GPU. Both ways of computing round at other places: what is asked is that ours is
+    no farther from the fp32 result than the model without VMix is from its own."""
+    half = bases.load("sd15", model_file("sd15-mini"), width=320, dtype=getattr(torch, dtype))
+    half.model.model.manual_cast_dtype = None
     bases.give_adapter(half, tmp_path)
-    bare = difference(half.sample(half.model), precise.sample(precise.model))
-    found = half.ours(half.model)
-    mixed = found.wrappers["apply_model"]["vmix"][0]
-    assert {layer.values.cond.dtype for layer in mixed.layers} == {torch.float16}
-    assert difference(half.sample(found), expected) <= 1.1 * max(bare, 1e-3)
+    ours = half.ours(half.model)
+    layers = ours.wrappers["apply_model"]["vmix"][0].layers
+    assert {layer.values.cond.dtype for layer in layers} == {getattr(torch, dtype)}
+    rounding = difference(half.sample(half.model), sd15.sample(sd15.model))
+    assert 0 < rounding < 0.1
+    found = difference(half.sample(ours), sd15.sample(sd15.literal(sd15.model)))
+    assert found <= 1.5 * rounding
 
 
 @pytest.mark.parametrize("with_lora", [False, True], ids=["", "LoRA"])
@@ -409,7 +417,7 @@ def test_nothing_is_bit_identical(sd15: Base, sdxl: Base) -> None:
         results = [
             base.sample(base.ours(base.model, strength=0.0)),
             base.sample(base.ours(base.model, blocks="in=0, mid=0, out=0")),
-            base.sample(base.ours(base.model, start_percent=0.9999, end_percent=1.0)),
+            base.sample(base.ours(base.model, start_percent=0.4, end_percent=0.6)),
             base.sample(base.model),
         ]
         base.sample(ours)
@@ -451,9 +459,10 @@ def test_foreign_patch_of_to_v(sd15: Base, order: str, what: str) -> None:
 
 def test_an_error_in_the_model_leaves_no_trace(sd15: Base) -> None:
     bare = sd15.sample(sd15.model)
-    with pytest.raises(ValueError, match="has 80 tokens, the adapter needs a multiple of 77"):
-        sd15.sample(sd15.ours(sd15.model), tokens=(80, 80))
+    attn = sd15.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2
+    before = [dict(vars(module)) for module in attn.modules()]
+    for mask in (None, torch.ones(1, 64, 64)):
+        with pytest.raises(ValueError, match="has 80 tokens, the adapter needs a multiple of 77"):
+            sd15.sample(sd15.ours(sd15.model, mask=mask), tokens=(80, 80))
+        assert [vars(module) for module in attn.modules()] == before
     assert torch.equal(sd15.sample(sd15.model), bare)
-    assert "forward" not in vars(
-        sd15.model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_v
-    )

@@ -187,6 +187,38 @@ def test_wrong_base(server: Server, model_file: Any) -> None:
     ) in str(error.value)
 
 
+def test_without_the_wheel(server: Server, tmp_path: Path) -> None:
+    """A wheel that cannot be imported: everything loads, presets work, adapters say why not."""
+    import vmix
+
+    chosen = {"sharp focus": 0.25}
+    expected = pixels(server.image(server.run(demo(aesthetics=json.dumps(chosen))), "image"))
+    preset = tmp_path / "preset.safetensors"
+    opened = vmix.open(DEMO / "adapter.safetensors")
+    opened.values({**opened.weights(), **chosen}).save(preset)
+    broken = tmp_path / "broken" / "vmix"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('wrong architecture')")
+    bare = Server(tmp_path / "comfyui", environment={"PYTHONPATH": str(broken.parent)})
+    try:
+        assert set(NODES) <= set(bare.get("/object_info"))
+        name = bare.put("vmix", preset)
+        assert bare.get(f"/vmix/labels?vmix_name={name}")["kind"] == "preset"
+        assert len(bare.get("/vmix/labels?demo=1")["labels"]) == 4
+        prompt = {
+            "demo": node("VMixDemoModel"),
+            "load": node("VMixLoader", vmix_name=name),
+            "apply": apply(["demo", 0], ["load", 0]),
+        }
+        prompt = sampled(prompt, ["apply", 0], ["demo", 1], ["demo", 2])
+        found = pixels(bare.image(bare.run(prompt), "image"))
+        np.testing.assert_array_equal(found, expected)
+        with pytest.raises(PromptError, match="install the vmix-adapter wheel"):
+            bare.run(demo())
+    finally:
+        bare.stop()
+
+
 def test_full_size_sd15(model_file: Any, tmp_path: Path) -> None:
     """LoRA, ControlNet, IPAdapter_plus and VMix in one workflow, at the real size."""
     if not (host.IP_ADAPTER_PLUS / "__init__.py").exists():
