@@ -25,7 +25,7 @@ def draw_row(captions: Sequence[str], columns: Sequence[Tensor]) -> Tensor:
     top = GAP + max(map(len, lines)) * round(size * 1.3)
     page = Image.new(
         "RGB",
-        (len(columns) * (width + GAP) + GAP, top + rows * (height + GAP) + GAP),
+        (len(columns) * (width + GAP) + GAP, top + rows * (height + GAP) + GAP // 2),
         PAPER,
     )
     draw = ImageDraw.Draw(page)

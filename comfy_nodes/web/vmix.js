@@ -132,7 +132,7 @@ class Panel {
       }
     }
     for (const [name, value] of Object.entries(chosen)) {
-      const weight = typeof value === "boolean" || value === null ? NaN : Number(value);
+      const weight = typeof value === "number" ? value : NaN;
       if (!known.has(name)) problems.push([name, value, "unknown"]);
       else if (!Number.isFinite(weight)) problems.push([name, value, "noNumber"]);
       else if (fixed && weight !== known.get(name)) problems.push([name, value, "notInPreset"]);

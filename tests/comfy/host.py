@@ -18,7 +18,7 @@ IP_ADAPTER_PLUS = Path(
     os.environ.get("IPADAPTER_PLUS_PATH") or COMFYUI.parent / "ComfyUI_IPAdapter_plus"
 )
 # The package layout of the installable distribution, and the flat one of the original.
-PACKAGED = COMFYUI / "comfy" / "cmd" / "folder_paths.py"
+PACKAGED = (COMFYUI / "comfy" / "cmd" / "folder_paths.py").exists()
 
 
 def _missing() -> str:
@@ -36,7 +36,7 @@ missing = _missing()
 
 if not missing:
     sys.path[:0] = [str(ROOT), str(COMFYUI)]
-    if PACKAGED.exists():
+    if PACKAGED:
         from comfy.cli_args import args
 
         args.cpu = True

@@ -149,13 +149,13 @@ def test_compare(server: Server) -> None:
     labels = pixels(server.image(outputs, "grid"))
     single = pixels(server.image(outputs, "image"))
     assert labels.shape[1] == 7 * (64 + 8) + 8
-    columns = [labels[-68:-4, 8 + i * 72 : 72 + i * 72] for i in range(7)]
+    columns = [labels[-72:-8, 8 + i * 72 : 72 + i * 72] for i in range(7)]
     # The column of all labels is the very picture that KSampler makes.
     np.testing.assert_allclose(columns[1], single, atol=1 / 255)
     prompt["compare"]["inputs"] |= {"compare": "strengths", "strengths": "0, 1"}
     strengths = pixels(server.image(server.run(prompt), "grid"))
     assert strengths.shape[1] == 2 * 72 + 8
-    np.testing.assert_array_equal(strengths[-68:-4, 8:72], columns[0])
+    np.testing.assert_array_equal(strengths[-72:-8, 8:72], columns[0])
 
 
 @pytest.mark.parametrize(
