@@ -40,7 +40,7 @@ python/vmix/_native.abi3.so: $(RUST_SOURCES)
 
 test: setup ## all tests but the slow ones
 	cargo test --locked --workspace
-	$(PY) -m pytest -rs
+	$(PY) -m pytest
 	$(MAKE) test-c
 
 test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hosts, sanitizers, fuzzing
@@ -50,7 +50,7 @@ test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hos
 
 test-full: test-c ## also the slow tests, and the wheel in an empty environment
 	cargo test --locked --workspace
-	$(PY) -m pytest -rs -m 'not soak' tests/python tests/c tests/comfy
+	$(PY) -m pytest -m '' tests/python tests/c tests/comfy
 	tests/wheel.sh
 
 wheel: ## dist/vmix_adapter-*.whl, for pip install

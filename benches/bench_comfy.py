@@ -190,6 +190,7 @@ def main() -> None:
     comfy.model_management.unload_all_models()
     layers_xl = {x.name: (x.ldm_name, x.inner_dim) for x in vmix.unet_layers("sdxl")}
     xl = bases.load("sdxl", file("sdxl"), dtype=torch.float16)
+    xl.model.model.manual_cast_dtype = None  # it computes in fp16, as on a GPU
     xl.layers = layers_xl
     bases.give_adapter(xl, folder, known=True)
     start = time.perf_counter()

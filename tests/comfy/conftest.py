@@ -46,3 +46,19 @@ def _inference() -> Iterator[None]:
 
     with torch.inference_mode():
         yield
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Names what did not run, so that nobody takes it for tested."""
+    skipped: dict[str, list[str]] = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        if "tests/comfy/" in report.nodeid and isinstance(report.longrepr, tuple):
+            file, _, name = report.nodeid.partition("::")
+            reason = str(report.longrepr[2]).removeprefix("Skipped: ")
+            test = f"{Path(file).stem}::{name.partition('[')[0]}" if name else Path(file).stem
+            skipped.setdefault(reason, []).append(test)
+    if skipped:
+        terminalreporter.section("ComfyUI nodes: NOT TESTED", yellow=True)
+    for reason, tests in skipped.items():
+        terminalreporter.line(f"{len(tests)} skipped: {reason}")
+        terminalreporter.line("  " + ", ".join(dict.fromkeys(tests)))

@@ -13,7 +13,7 @@ import pytest
 from server import Server
 from workflows import apply, demo, node, sampled
 
-pytestmark = [pytest.mark.usefixtures("comfyui"), pytest.mark.soak]
+pytestmark = pytest.mark.usefixtures("comfyui")
 PROMPTS = int(os.environ.get("VMIX_SOAK_PROMPTS", "300"))
 WARM = PROMPTS // 6  # by then every model, adapter and kernel has been used
 
