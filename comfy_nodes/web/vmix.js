@@ -406,7 +406,7 @@ app.registerExtension({
     }
     chain(text, "callback", () => panel.refresh());
     chain(node, "onExecuted", (output) => {
-      panel.executed = output?.vmix_labels?.[0];
+      panel.executed = output?.vmix_labels?.[0] ?? panel.executed;
       panel.refresh();
     });
   },

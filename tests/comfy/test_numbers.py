@@ -237,7 +237,7 @@ OTHERS: dict[str, Callable[[Base, Any], Patch]] = {
     "SAG": node("comfy_extras.nodes_sag", "SelfAttentionGuidance", scale=0.5, blur_sigma=2.0),
     "HyperTile": node(
         "comfy_extras.nodes_hypertile", "HyperTile",
-        tile_size=64, swap_size=2, max_depth=0, scale_depth=False,
+        tile_size=64, swap_size=2, max_depth=2, scale_depth=False,
     ),
     "ToMe": node("comfy_extras.nodes_tomesd", "TomePatchModel", ratio=0.3),
 }  # fmt: skip
@@ -252,6 +252,8 @@ BESIDE = [
     for masked in (False, True)
     # A mask concerns attn2; what concerns attn1 alone need not be seen with it twice.
     if not (masked and kind == "sdxl" and other in ATTN1_ALONE)
+    # ToMe merges at the latent's own resolution, where SDXL has no attention.
+    if (kind, other) != ("sdxl", "ToMe")
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import host
 import numpy as np
 import pytest
-from server import PromptError, Server
+from comfy_server import PromptError, Server
 from workflows import apply, changed, demo, node, pixels, sampled
 
 pytestmark = pytest.mark.usefixtures("comfyui")

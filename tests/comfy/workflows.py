@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from comfy_server import Prompt
 from PIL import Image
-from server import Prompt
 
 
 def node(class_type: str, **inputs: Any) -> dict[str, Any]:

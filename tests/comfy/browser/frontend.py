@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from comfy_server import Server
 from playwright.sync_api import Locator, Page, Route
-from server import Server
 
 PACK = "vmix-aesthetics"
 # Written as `object` where the frontend needs no more than its JSON.

@@ -22,8 +22,8 @@ from typing import Any
 import host
 import numpy as np
 import pytest
+from comfy_server import Server
 from PIL import Image
-from server import Server
 from workflows import pixels
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -439,7 +439,7 @@ def test_example(path: Path, ui: Frontend, model_file: Any, tmp_path: Path) -> N
     )
     outputs = ui.run()
     assert "error" not in outputs, outputs
-    pictures = [entry for entry in outputs.values() if entry.get("images")]
+    pictures = [entry for entry in outputs.values() if entry and entry.get("images")]
     expected = sum(kind in ("PreviewImage", "SaveImage", "LoadImage") for kind in types)
     assert sum(kind in ("PreviewImage", "SaveImage") for kind in types) <= len(pictures) <= expected
     for entry in pictures:
