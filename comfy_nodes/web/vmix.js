@@ -152,6 +152,7 @@ class Panel {
 
   setText(text, chosen) {
     text.value = format(chosen);
+    text.callback?.(text.value, app.canvas, this.node); // Nodes 2.0 shows it only then
     this.node.graph.setDirtyCanvas(true, true);
     this.draw();
   }

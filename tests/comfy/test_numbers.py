@@ -69,7 +69,9 @@ def test_sd15(sd15: Base, apply_to: str, options: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"batch": 2}, {"tokens": (154, 77)}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"batch": 2}, {"cfg": 1.0}, {"tokens": (154, 77)}], ids=str
+)
 @pytest.mark.parametrize("apply_to", ["cond", "both", "contrast"])
 def test_sdxl(sdxl: Base, apply_to: str, options: dict[str, Any]) -> None:
     agree(
@@ -111,25 +113,28 @@ def test_separate_passes(sd15: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     assert difference(apart, together) <= TOLERANCE
 
 
-def test_strength_and_stacking(sd15: Base, tmp_path: Any) -> None:
-    other = bases.give_adapter(copy.copy(sd15), tmp_path, seed=4)
-    ours = other.ours(sd15.ours(sd15.model, strength=0.7), strength=-0.4, apply_to="both")
-    literal = other.literal(sd15.literal(sd15.model, strength=0.7), strength=-0.4, apply_to="both")
-    agree(sd15, ours, literal)
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_strength_and_stacking(request: Any, kind: str, tmp_path: Any) -> None:
+    base: Base = request.getfixturevalue(kind)
+    other = bases.give_adapter(copy.copy(base), tmp_path, seed=4)
+    ours = other.ours(base.ours(base.model, strength=0.7), strength=-0.4, apply_to="both")
+    literal = other.literal(base.literal(base.model, strength=0.7), strength=-0.4, apply_to="both")
+    agree(base, ours, literal)
     # Three of one kind, as a stack of nodes is built in practice.
-    ours = sd15.ours(sd15.ours(sd15.ours(sd15.model, strength=0.2), strength=0.3), strength=0.5)
-    agree(sd15, ours, sd15.literal(sd15.model))
+    ours = base.ours(base.ours(base.ours(base.model, strength=0.2), strength=0.3), strength=0.5)
+    agree(base, ours, base.literal(base.model))
 
 
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 @pytest.mark.parametrize("window", [(0.0, 0.5), (0.5, 1.0), (0.3, 0.7)], ids=str)
-def test_window_of_steps(sd15: Base, window: tuple[float, float]) -> None:
-    sampling = sd15.model.get_model_object("model_sampling")
+def test_window_of_steps(request: Any, kind: str, window: tuple[float, float]) -> None:
+    base: Base = request.getfixturevalue(kind)
+    sampling = base.model.get_model_object("model_sampling")
     sigmas = tuple(sampling.percent_to_sigma(p) for p in window)
-    ours = sd15.ours(sd15.model, start_percent=window[0], end_percent=window[1])
-    agree(sd15, ours, sd15.literal(sd15.model, sigmas=sigmas), steps=5)
-    assert (
-        difference(sd15.sample(ours, steps=5), sd15.sample(sd15.ours(sd15.model), steps=5)) > 1e-3
-    )
+    ours = base.ours(base.model, start_percent=window[0], end_percent=window[1])
+    agree(base, ours, base.literal(base.model, sigmas=sigmas), steps=5)
+    always = base.sample(base.ours(base.model), steps=5)
+    assert difference(base.sample(ours, steps=5), always) > EFFECT
 
 
 def by_block(block: tuple[str, int], depth: int) -> float:

@@ -76,8 +76,12 @@ class Frontend:
         text = self.page.evaluate("window.__COMFYUI_FRONTEND_VERSION__")
         return tuple(int(part) for part in text.split("-")[0].split("."))
 
-    def get_setting(self, name: str) -> Any:
-        return self.page.evaluate("(name) => app.extensionManager.setting.get(name)", name)
+    @property
+    def modern(self) -> bool:
+        """Nodes are elements, not drawn on the canvas: ComfyUI's "Nodes 2.0"."""
+        return bool(
+            self.page.evaluate("app.extensionManager.setting.get('Comfy.VueNodes.Enabled')")
+        )
 
     # Workflows
 
@@ -141,6 +145,29 @@ class Frontend:
         assert "error" not in outputs, outputs
         node = self.page.evaluate("(title) => String(tests.find(title).id)", title)
         return self.server.image(outputs, node)
+
+    def type_text(self, node: str, widget: str, text: str) -> None:
+        """Into a text widget, as users do."""
+        if self.modern:
+            field = self.page.get_by_label(widget, exact=True).and_(self.page.locator("input"))
+        else:
+            self.page.mouse.click(
+                *self.page.evaluate(
+                    """([name, widget]) => {
+                        const node = tests.find(name);
+                        const { scale, offset } = app.canvas.ds;
+                        const canvas = app.canvas.canvas.getBoundingClientRect();
+                        const [x, y] = [200, tests.widget(name, widget).last_y + 10];
+                        return [canvas.x + (node.pos[0] + x + offset[0]) * scale,
+                                canvas.y + (node.pos[1] + y + offset[1]) * scale];
+                    }""",
+                    [node, widget],
+                )
+            )
+            field = self.page.locator(".graphdialog .value")
+        field.fill(text)
+        field.press("Enter")
+        self.page.wait_for_timeout(500)
 
     def focus(self) -> None:
         """The keyboard goes to the canvas, as after a click on its background."""

@@ -165,7 +165,10 @@ def test_slider_to_picture(any_ui: Frontend) -> None:
     after = shown(ui, outputs)
     assert np.abs(after - before).mean() > 0.005
     np.testing.assert_array_equal(shown(ui, outputs, "Without VMix"), without)
-    ui.screenshot("demo-nodes2" if ui.get_setting("Comfy.VueNodes.Enabled") else "demo")
+    ui.screenshot("demo-nodes2" if ui.modern else "demo")
+    if ui.modern:
+        field = ui.page.get_by_label("aesthetics", exact=True).and_(ui.page.locator("input"))
+        assert json.loads(field.input_value()) == ui.selection()
 
     saved = ui.serialized()
     prompt = ui.prompt()
@@ -208,25 +211,11 @@ def test_buttons_numbers_keys(ui: Frontend) -> None:
     assert ui.selection()["sharp focus"] == -1
 
 
-def test_typing_moves_the_sliders(ui: Frontend) -> None:
-    """With the dialog that a click on the text opens."""
+def test_typing_moves_the_sliders(any_ui: Frontend) -> None:
+    ui = any_ui
     ui.load(example("vmix_demo.json"))
     ui.show(AESTHETICS)
-    place = ui.page.evaluate(
-        """() => {
-            const node = tests.find("VMix Aesthetics");
-            const canvas = app.canvas.canvas.getBoundingClientRect();
-            const { scale, offset } = app.canvas.ds;
-            const y = node.pos[1] + tests.widget(node.title, "aesthetics").last_y + 10;
-            return [canvas.x + (node.pos[0] + 200 + offset[0]) * scale,
-                    canvas.y + (y + offset[1]) * scale];
-        }"""
-    )
-    ui.page.mouse.click(*place)
-    dialog = ui.page.locator(".graphdialog input, .graphdialog textarea")
-    dialog.fill('{"sharp focus": 0.4}')
-    dialog.press("Enter")
-    ui.page.wait_for_timeout(500)
+    ui.type_text(AESTHETICS, "aesthetics", '{"sharp focus": 0.4}')
     assert ui.selection() == {"sharp focus": 0.4}
     assert ui.weights() == {**dict.fromkeys(LABELS, 1.0), "sharp focus": 0.4}
     ui.set(AESTHETICS, "aesthetics", "{sharp")
