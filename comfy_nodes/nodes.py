@@ -413,14 +413,14 @@ def checked_layers(model: Any, vmix: VMix) -> dict[str, str]:
     ours = f"{len(vmix.layers)} cross-attention layers"
     if vmix.context_dim is not None:
         ours += f", context {vmix.context_dim}"
-    both = sorted({*found, *vmix.layers})
-    name = next((n for n in both if found.get(n) != vmix.layers.get(n)), None)
     first = ""
-    if found and name:
-        first = (
-            f"; {name}: expected width {vmix.layers.get(name, '(no such layer)')}, "
-            f"found {found.get(name, '(no such layer)')}"
-        )
+    for layer in sorted({*found, *vmix.layers}) if found else ():
+        if found.get(layer) != vmix.layers.get(layer):
+            first = (
+                f"; {layer}: expected width {vmix.layers.get(layer, '(no such layer)')}, "
+                f"found {found.get(layer, '(no such layer)')}"
+            )
+            break
     raise ValueError(
         f"{vmix.name} is for {BASES.get(vmix.base, vmix.base)} ({ours}), "
         f"but the model is {kind} ({theirs}){first}"
