@@ -77,10 +77,11 @@ function sources(node, slot, path, depth) {
   // Reroutes hand on the input of the same number, others redirect the link.
   if (node.inputs?.[slot]) return feeds(node, slot, path, depth);
   const link = node.getInputLink?.(slot);
-  return link ? sources(node.graph.getNodeById(link.origin_id), link.origin_slot, path, depth + 1) : [];
+  if (!link) return [];
+  return sources(node.graph.getNodeById(link.origin_id), link.origin_slot, path, depth + 1);
 }
 
-/** `input.link` is deprecated in newer frontends; sub-graphs' `getInputLink` is of their outputs. */
+/** Newer frontends deprecate `input.link`, and `getInputLink` of a sub-graph is of its outputs. */
 function linkInto(node, slot) {
   for (const link of node.graph.links.values()) {
     if (String(link.target_id) === String(node.id) && link.target_slot === slot) return link;

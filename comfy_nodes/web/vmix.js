@@ -215,7 +215,11 @@ class Panel {
     for (const part of [title, slider, number]) part.title = tooltip;
     for (const part of [slider, number, only]) part.disabled = disabled;
 
-    const set = (weight) => this.write(this.read().weights.set(label.name, weight));
+    const set = (weight) => {
+      const { weights, problems } = this.read();
+      for (const [other] of problems) weights.delete(other); // what is wrong there stays
+      this.write(weights.set(label.name, weight));
+    };
     slider.addEventListener("input", () => {
       set(slider.valueAsNumber);
       number.value = shown(slider.valueAsNumber);
@@ -286,7 +290,8 @@ function ask(query) {
 /** The same structure from the node's last run. */
 function lastRun(node) {
   const outputs = app.nodeOutputs ?? {};
-  const found = outputs[node.id] ?? outputs[`${node.graph.id}:${node.id}`];
+  // By the first key in a sub-graph, by the second outside.
+  const found = outputs[`${node.graph.id}:${node.id}`] ?? outputs[node.id];
   return panels.get(node).executed ?? found?.vmix_labels?.[0];
 }
 
