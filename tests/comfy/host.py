@@ -14,9 +14,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI").resolve()
-IP_ADAPTER_PLUS = Path(
-    os.environ.get("IPADAPTER_PLUS_PATH") or COMFYUI.parent / "ComfyUI_IPAdapter_plus"
-)
+# Installed as users have it, or beside ComfyUI, where only the tests that want it see it.
+_INSTALLED = COMFYUI / "custom_nodes" / "ComfyUI_IPAdapter_plus"
+IP_ADAPTER_PLUS = _INSTALLED if _INSTALLED.exists() else COMFYUI.parent / _INSTALLED.name
 # The package layout of the installable distribution, and the flat one of the original.
 PACKAGED = (COMFYUI / "comfy" / "cmd" / "folder_paths.py").exists()
 

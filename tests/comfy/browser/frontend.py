@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ class Frontend:
     def settle(self) -> None:
         """After what changes the graph without mouse or keyboard."""
         self.page.evaluate("tests.changed()")
-        self.page.wait_for_timeout(600)
+        self.drawn()
 
     def serialized(self) -> Workflow:
         text: str = self.page.evaluate("JSON.stringify((app.rootGraph ?? app.graph).serialize())")
@@ -167,7 +168,6 @@ class Frontend:
             field = self.page.locator(".graphdialog .value")
         field.fill(text)
         field.press("Enter")
-        self.page.wait_for_timeout(500)
 
     def focus(self) -> None:
         """The keyboard goes to the canvas, as after a click on its background."""
@@ -194,10 +194,10 @@ class Frontend:
         )
         return dict(pairs)
 
-    def warnings(self) -> Sequence[str]:
+    def warnings(self) -> list[str]:
         return self.page.locator(".vmix-warning .vmix-name").all_inner_texts()
 
-    def messages(self) -> Sequence[str]:
+    def messages(self) -> list[str]:
         return self.page.locator(".vmix-message").all_inner_texts()
 
     def selection(self) -> dict[str, float]:
@@ -220,6 +220,13 @@ class Frontend:
         self.page.mouse.move(at[1], middle, steps=8)
         self.page.mouse.up()
         self.page.wait_for_timeout(300)
+
+    def expect(self, look: Callable[[], Any], expected: Any, seconds: float = 60) -> None:
+        """Looks until it is so: a busy machine takes its time."""
+        end = time.monotonic() + seconds
+        while (found := look()) != expected and time.monotonic() < end:
+            self.page.wait_for_timeout(100)
+        assert found == expected
 
     # Pictures
 
@@ -248,8 +255,17 @@ class Frontend:
             }""",
             [names, margin],
         )
-        self.page.wait_for_timeout(800)
+        self.drawn()
         return clip
+
+    def drawn(self) -> None:
+        """The frames in which elements follow the canvas are over."""
+        self.page.evaluate(
+            """async () => {
+                for (let i = 0; i < 10; i++) await new Promise(requestAnimationFrame);
+            }"""
+        )
+        self.page.wait_for_timeout(500)
 
     def screenshot(self, name: str, *nodes: str) -> None:
         """Into the folder VMIX_SCREENSHOTS, if it is given."""
