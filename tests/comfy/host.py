@@ -56,6 +56,8 @@ if not missing:
 
 def call(module: str, node: str, **inputs: Any) -> tuple[Any, ...]:
     """Runs a node of either schema and returns its outputs."""
+    if PACKAGED:
+        module = module.replace("comfy_extras.", "comfy_extras.nodes.")
     return run_node(getattr(importlib.import_module(module), node), **inputs)
 
 
