@@ -8,8 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import comfy.model_management
 import comfy.sample
 import comfy.sd
+import host
 import torch
 import vmix
 from torch import Tensor
@@ -53,6 +55,10 @@ class Base:
         size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Latents after a few steps of the real sampler from a fixed noise."""
+        if host.PACKAGED:
+            # There, a clone of the model does not learn that another clone has been loaded,
+            # so its own weight patches (LoRA) would not be applied, VMix or not.
+            comfy.model_management.unload_all_models()
         positive, negative = self.prompt(1, tokens[0]), self.prompt(2, tokens[1])
         for prompt in (positive, negative):
             prompt[0][1].update(control or {})

@@ -42,11 +42,13 @@ if not missing:
         args.cpu = True
         import comfy.cmd.folder_paths
         import comfy.cmd.latent_preview
+        import comfy.node_helpers
         import comfy.nodes.base_nodes
 
         # What that distribution does before it imports custom nodes.
         sys.modules["folder_paths"] = comfy.cmd.folder_paths
         sys.modules["latent_preview"] = comfy.cmd.latent_preview
+        sys.modules["node_helpers"] = comfy.node_helpers
         sys.modules["nodes"] = comfy.nodes.base_nodes
     else:
         from comfy.cli_args import args
