@@ -5,12 +5,12 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 use rayon::prelude::*;
 
 use crate::{
-    ApplyTo, Base, DType, Error, Kind, Labels, Layer, Layers, ProjectionKind, Result, Selection,
-    Tensor, ValueWeights, Values,
+    ApplyTo, Base, Checkpoint, DType, Error, Kind, Labels, Layer, Layers, ProjectionKind, Result,
+    Selection, Tensor, ValueWeights, Values,
     file::{self, File},
     metadata::{Common, expect_of_base, layer_map, one_of},
     projection::{Projection, Sizes, select},
-    values::{self, Origin},
+    values::{self, LayerValues, Origin},
 };
 
 /// Suffix of a layer's value weights in files, after its diffusers path.
@@ -222,16 +222,66 @@ impl Adapter {
     /// rounded to `dtype`. With [`ApplyTo::Contrast`] also that of the opposite selection.
     pub fn values(&self, selection: &Selection, apply_to: ApplyTo, dtype: DType) -> Result<Values> {
         let inner = &*self.0;
-        let weights = self.labels().weights(selection)?;
         if inner.value_weights == ValueWeights::Base {
             return Err(Error::Unsupported {
                 argument: "values".to_owned(),
-                expected: "an adapter with value weights of its own".to_owned(),
+                expected: "an adapter with value weights of its own, or a base model".to_owned(),
                 found: "one whose metadata `vmix.value_weights` is `base`: its V_a are f_a \
                         through the base model's own to_v"
                     .to_owned(),
             });
         }
+        self.values_by(selection, apply_to, |layer, contexts| {
+            let name = value_weight(layer);
+            let weight = inner.file.tensor(&name)?;
+            values::layer_values(contexts, inner.sizes, weight, dtype)
+                .map_err(|found| inner.file.tensor_error(&name, "finite values", found))
+        })
+    }
+
+    /// [`Adapter::values`] with the W_V of a base model, for an adapter that has no value weights of
+    /// its own ([`ValueWeights::Base`]).
+    pub fn values_on(
+        &self,
+        base: &Checkpoint,
+        selection: &Selection,
+        apply_to: ApplyTo,
+        dtype: DType,
+    ) -> Result<Values> {
+        let inner = &*self.0;
+        if inner.value_weights == ValueWeights::Own {
+            return Err(Error::argument(
+                "base",
+                "none, as this adapter has value weights of its own",
+                base.path().display().to_string(),
+            ));
+        }
+        if (&*inner.layers, inner.sizes.dim) != (&**base.layers(), base.context_dim()) {
+            let describe = |base: Base, layers: &Layers, dim| {
+                format!("{base} ({} layers, context {dim})", layers.len())
+            };
+            return Err(Error::argument(
+                base.path().display().to_string(),
+                describe(inner.common.base, &inner.layers, inner.sizes.dim)
+                    + ", as this adapter was made for",
+                describe(base.base(), base.layers(), base.context_dim()),
+            ));
+        }
+        self.values_by(selection, apply_to, |layer, contexts| {
+            values::layer_values(contexts, inner.sizes, base.value_weight(layer)?, dtype)
+                .map_err(|found| base.value_weight_error(layer, found))
+        })
+    }
+
+    /// The values of every layer, given how f_a of the pass or passes becomes those of one.
+    fn values_by(
+        &self,
+        selection: &Selection,
+        apply_to: ApplyTo,
+        layer_values: impl Fn(&Layer, &[f32]) -> Result<LayerValues> + Sync,
+    ) -> Result<Values> {
+        let inner = &*self.0;
+        let weights = self.labels().weights(selection)?;
         let mut contexts =
             inner
                 .projection
@@ -245,15 +295,9 @@ impl Adapter {
             )?;
             contexts.extend(opposite);
         }
-        let tensors = inner
-            .layers
-            .par_iter()
-            .map(|layer| {
-                let name = value_weight(layer);
-                let weight = inner.file.tensor(&name)?;
-                values::layer_values(&contexts, inner.sizes, weight, dtype)
-                    .map_err(|found| inner.file.tensor_error(&name, "finite values", found))
-            })
+        let layers = inner.layers.par_iter();
+        let tensors = layers
+            .map(|layer| layer_values(layer, &contexts))
             .collect::<Result<Vec<_>>>()?;
         Ok(Values::new(
             Common {

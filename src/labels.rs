@@ -100,7 +100,11 @@ impl Labels {
 
     /// Reads and checks the JSON list of `vmix.labels`; the error says what was found instead.
     pub(crate) fn from_json(json: &str) -> Result<Self, String> {
-        let labels: Vec<Label> = serde_json::from_str(json).map_err(|e| e.to_string())?;
+        Self::checked(serde_json::from_str(json).map_err(|e| e.to_string())?)
+    }
+
+    /// Labels with all that a list of them must be; the error says what was found instead.
+    pub(crate) fn checked(labels: Vec<Label>) -> Result<Self, String> {
         if labels.is_empty() {
             return Err("an empty list".into());
         }
@@ -131,6 +135,13 @@ impl Labels {
             }
         }
         Ok(Self(labels))
+    }
+
+    /// A list of labels with different names.
+    pub fn new(labels: Vec<Label>) -> Result<Self, Error> {
+        Self::checked(labels).map_err(|found| {
+            Error::argument("labels", "labels as docs/format.md describes them", found)
+        })
     }
 
     pub(crate) fn to_json(&self) -> String {

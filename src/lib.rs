@@ -22,11 +22,19 @@
 
 mod adapter;
 mod attention;
+mod checkpoint;
+#[cfg(feature = "clip")]
+mod clip;
+mod component;
 mod error;
 #[cfg(feature = "capi")]
 mod ffi;
 mod file;
+#[cfg(feature = "clip")]
+mod init;
 mod json;
+#[cfg(feature = "clip")]
+mod label_list;
 mod labels;
 mod metadata;
 mod preset;
@@ -39,7 +47,12 @@ mod view;
 
 pub use adapter::Adapter;
 pub use attention::{Attention, attention, mix_values};
+pub use checkpoint::Checkpoint;
+#[cfg(feature = "clip")]
+pub use clip::{Activation, ClipConfig, ClipOutput, ClipTextModel, TextEncoder, Tokenizer};
 pub use error::Error;
+#[cfg(feature = "clip")]
+pub use init::{InitOptions, Start, init_adapter, training_free_adapter};
 pub use labels::{Label, LabelKey, Labels, Selection};
 pub use metadata::{ApplyTo, Kind, ProjectionKind, ValueWeights};
 pub use preset::{Opened, open};

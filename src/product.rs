@@ -31,6 +31,41 @@ pub(crate) fn times_transposed(rows: &[f32], weight: View<'_>) -> Result<Vec<f32
     Ok(out)
 }
 
+/// The same with all cores, for one weight after the other.
+#[cfg(feature = "clip")]
+pub(crate) fn times_transposed_in_parallel(
+    rows: &[f32],
+    weight: View<'_>,
+) -> Result<Vec<f32>, String> {
+    use rayon::prelude::*;
+
+    let &[inner_dim, dim] = weight.shape else {
+        panic!("the shape of weights is checked before they are used")
+    };
+    let parts: Vec<Vec<f32>> = weight
+        .bytes
+        .par_chunks(ROWS * dim * weight.dtype.size())
+        .map(|bytes| {
+            let shape = [bytes.len() / weight.dtype.size() / dim, dim];
+            let part = View {
+                shape: &shape,
+                bytes,
+                ..weight
+            };
+            times_transposed(rows, part)
+        })
+        .collect::<Result<_, _>>()?;
+    let mut out = vec![0f32; rows.len() / dim * inner_dim];
+    for (index, part) in parts.iter().enumerate() {
+        let width = part.len() / (rows.len() / dim);
+        let out = out.chunks_exact_mut(inner_dim);
+        for (out, part) in out.zip(part.chunks_exact(width)) {
+            out[index * ROWS..][..width].copy_from_slice(part);
+        }
+    }
+    Ok(out)
+}
+
 /// out\[m, n\] = Σ_k lhs\[m, k\]·rhs\[n, k\], where rows of `out` are `out_stride` apart.
 fn multiply(lhs: &[f32], rhs: &[f32], k: usize, out: &mut [f32], out_stride: usize) {
     let (m, n) = (lhs.len() / k, rhs.len() / k);

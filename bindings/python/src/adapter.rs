@@ -18,7 +18,7 @@ use crate::{
 };
 
 #[pyclass(module = "vmix", frozen)]
-pub struct Adapter(vmix::Adapter);
+pub struct Adapter(pub vmix::Adapter);
 
 #[pymethods]
 impl Adapter {
@@ -132,7 +132,7 @@ impl Adapter {
     }
 
     #[pyo3(signature = (
-        selection=None, *, apply_to=None, dtype="float32"
+        selection=None, *, apply_to=None, dtype="float32", base=None
     ))]
     fn values(
         &self,
@@ -140,14 +140,21 @@ impl Adapter {
         selection: Option<Selection>,
         apply_to: Option<&str>,
         dtype: &str,
+        base: Option<PathBuf>,
     ) -> PyResult<Values> {
         let selection = chosen(selection);
         let apply_to = apply_to.map(selection::apply_to).transpose()?;
         let apply_to = apply_to.unwrap_or(self.0.apply_to());
         let dtype = selection::dtype(dtype)?;
-        py.detach(|| self.0.values(&selection, apply_to, dtype))
-            .map(Values)
-            .map_err(to_py)
+        py.detach(|| match base {
+            None => self.0.values(&selection, apply_to, dtype),
+            Some(base) => {
+                let base = vmix::Checkpoint::open(base)?;
+                self.0.values_on(&base, &selection, apply_to, dtype)
+            }
+        })
+        .map(Values)
+        .map_err(to_py)
     }
 
     fn validate(&self, py: Python<'_>) -> PyResult<()> {

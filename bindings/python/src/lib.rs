@@ -3,6 +3,7 @@
 
 mod adapter;
 mod attention;
+mod init;
 mod selection;
 mod tensor;
 mod values;
@@ -31,6 +32,10 @@ mod _native {
     use super::adapter::{Adapter, Label, Layer, ldm_name, open, unet_layers};
     #[pymodule_export]
     use super::attention::attention;
+    #[pymodule_export]
+    use super::init::{
+        ClipOutput, TextEncoder, Tokenizer, init_adapter, read_label_list, training_free_adapter,
+    };
     #[pymodule_export]
     use super::tensor::Tensor;
     #[pymodule_export]

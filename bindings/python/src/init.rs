@@ -1,0 +1,218 @@
+//! New adapters, and the text encoders they are made with.
+
+use std::{path::PathBuf, sync::Arc};
+
+use pyo3::{
+    exceptions::{PyTypeError, PyUserWarning},
+    prelude::*,
+    types::PyString,
+};
+use vmix::{InitOptions, Labels, Start};
+
+use crate::{
+    adapter::{Adapter, Label, labels},
+    selection,
+    tensor::{Tensor, import},
+    to_py,
+};
+
+/// A path to a `labels.toml`, a list of lines, or None for the default labels.
+fn read_labels(given: Option<&Bound<'_, PyAny>>, start: Start) -> PyResult<Labels> {
+    let Some(given) = given else {
+        return Ok(Labels::standard(start));
+    };
+    if !given.is_instance_of::<PyString>()
+        && let Ok(lines) = given.extract::<Vec<String>>()
+    {
+        return Labels::from_lines(&lines.join("\n"), start).map_err(to_py);
+    }
+    let path: PathBuf = given.extract().map_err(|_| {
+        PyTypeError::new_err("labels: expected a path to a labels.toml, or a list of texts")
+    })?;
+    Labels::open_toml(path, start).map_err(to_py)
+}
+
+/// The labels of a `labels.toml` or of a list of lines; without either the default ones.
+#[pyfunction]
+#[pyo3(signature = (source=None, *, training_free=false))]
+pub fn read_label_list(
+    source: Option<&Bound<'_, PyAny>>,
+    training_free: bool,
+) -> PyResult<Vec<Label>> {
+    Ok(labels(&read_labels(source, start(training_free))?))
+}
+
+fn start(training_free: bool) -> Start {
+    if training_free {
+        Start::TrainingFree
+    } else {
+        Start::Training
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (
+    base, labels=None, *, training_free=false, dtype=None, seed=0, progress=None
+))]
+pub fn init_adapter(
+    py: Python<'_>,
+    base: PathBuf,
+    labels: Option<&Bound<'_, PyAny>>,
+    training_free: bool,
+    dtype: Option<&str>,
+    seed: u64,
+    progress: Option<Py<PyAny>>,
+) -> PyResult<Adapter> {
+    let start = start(training_free);
+    let labels = read_labels(labels, start)?;
+    let options = InitOptions {
+        start,
+        dtype: dtype.map(selection::dtype).transpose()?,
+        seed,
+    };
+    let checkpoint = py.detach(|| vmix::Checkpoint::open(base)).map_err(to_py)?;
+    let encoder = py.detach(|| checkpoint.text_encoder()).map_err(to_py)?;
+    let warnings = match start {
+        Start::Training => encoder.warnings(&labels).map_err(to_py)?,
+        Start::TrainingFree => Vec::new(), // whose negatives need not be rare
+    };
+    for warning in warnings {
+        let warning = std::ffi::CString::new(warning).expect("labels have no NUL characters");
+        PyErr::warn(py, &py.get_type::<PyUserWarning>(), &warning, 1)?;
+    }
+    let mut failure = None;
+    let adapter = py.detach(|| {
+        vmix::init_adapter(&checkpoint, &labels, &options, |done, total| {
+            if let (Some(progress), None) = (&progress, &failure) {
+                failure = Python::attach(|py| progress.call1(py, (done, total)).err());
+            }
+        })
+    });
+    match failure {
+        Some(error) => Err(error),
+        None => adapter.map(Adapter).map_err(to_py),
+    }
+}
+
+#[pyfunction]
+#[pyo3(signature = (labels, features, *, context_tokens=77, layers=None))]
+pub fn training_free_adapter(
+    py: Python<'_>,
+    labels: &Bound<'_, PyAny>,
+    features: &Bound<'_, PyAny>,
+    context_tokens: usize,
+    layers: Option<Vec<(String, String, usize)>>,
+) -> PyResult<Adapter> {
+    let labels = read_labels(Some(labels), Start::TrainingFree)?;
+    let features = import("features", features)?;
+    let layers = layers
+        .unwrap_or_default()
+        .into_iter()
+        .map(|(name, ldm_name, inner_dim)| vmix::Layer {
+            name,
+            ldm_name: Some(ldm_name),
+            inner_dim,
+        })
+        .collect();
+    py.detach(|| vmix::training_free_adapter(&labels, &features, context_tokens, layers))
+        .map(Adapter)
+        .map_err(to_py)
+}
+
+#[pyclass(module = "vmix", frozen)]
+pub struct Tokenizer(vmix::Tokenizer);
+
+#[pymethods]
+impl Tokenizer {
+    #[new]
+    fn new() -> Self {
+        Self(vmix::Tokenizer::clip())
+    }
+
+    #[staticmethod]
+    fn open(py: Python<'_>, folder: PathBuf) -> PyResult<Self> {
+        py.detach(|| vmix::Tokenizer::open(folder))
+            .map(Self)
+            .map_err(to_py)
+    }
+
+    fn encode(&self, text: &str) -> PyResult<Vec<u32>> {
+        self.0.encode(text).map_err(to_py)
+    }
+
+    #[getter]
+    fn max_tokens(&self) -> usize {
+        self.0.max_tokens()
+    }
+
+    #[getter]
+    fn vocab_size(&self) -> usize {
+        self.0.vocab_size()
+    }
+
+    fn why_not_rare(&self, text: &str) -> PyResult<Option<String>> {
+        self.0.why_not_rare(text).map_err(to_py)
+    }
+}
+
+#[pyclass(module = "vmix", frozen)]
+pub struct TextEncoder(vmix::TextEncoder);
+
+#[pymethods]
+impl TextEncoder {
+    #[staticmethod]
+    fn open(py: Python<'_>, base: PathBuf) -> PyResult<Self> {
+        py.detach(|| vmix::TextEncoder::open(base))
+            .map(Self)
+            .map_err(to_py)
+    }
+
+    #[getter]
+    fn context_tokens(&self) -> usize {
+        self.0.context_tokens()
+    }
+
+    #[getter]
+    fn context_dim(&self) -> usize {
+        self.0.context_dim()
+    }
+
+    #[getter]
+    fn tokenizers(&self) -> Vec<Tokenizer> {
+        self.0.tokenizers().cloned().map(Tokenizer).collect()
+    }
+
+    fn features(&self, py: Python<'_>, texts: Vec<String>) -> PyResult<Tensor> {
+        let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
+        py.detach(|| self.0.features(&texts, |_, _| ()))
+            .map(|features| Tensor(Arc::new(features)))
+            .map_err(to_py)
+    }
+
+    #[pyo3(signature = (ids, model=0))]
+    fn encode(&self, py: Python<'_>, ids: Vec<Vec<u32>>, model: usize) -> PyResult<ClipOutput> {
+        let model = self.0.models().nth(model).ok_or_else(|| {
+            let count = self.0.models().len();
+            crate::VMixError::new_err(format!("model: expected below {count}, found {model}"))
+        })?;
+        let output = py.detach(|| model.encode(&ids)).map_err(to_py)?;
+        let tensor = |tensor| Tensor(Arc::new(tensor));
+        Ok(ClipOutput {
+            last: Py::new(py, tensor(output.last))?,
+            penultimate: Py::new(py, tensor(output.penultimate))?,
+            pooled: Py::new(py, tensor(output.pooled))?,
+            projected: output
+                .projected
+                .map(|projected| Py::new(py, tensor(projected)))
+                .transpose()?,
+        })
+    }
+}
+
+#[pyclass(module = "vmix", frozen, get_all)]
+pub struct ClipOutput {
+    last: Py<Tensor>,
+    penultimate: Py<Tensor>,
+    pooled: Py<Tensor>,
+    projected: Option<Py<Tensor>>,
+}
