@@ -14,7 +14,7 @@ use crate::{
 };
 
 /// Suffix of a layer's value weights in files, after its diffusers path.
-const VALUE_WEIGHT: &str = ".to_v_aes.weight";
+pub(crate) const VALUE_WEIGHT: &str = ".to_v_aes.weight";
 const AES_EMB: &str = "aes_emb";
 
 /// A VMix adapter, open for reading. Cheap to clone, and usable from many threads at once.
@@ -147,6 +147,18 @@ impl Adapter {
             projection_kind,
             value_weights,
         })))
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.0.file
+    }
+
+    /// Element type of its value weights, if it has any and they have one in common.
+    pub fn dtype(&self) -> Option<DType> {
+        let names = self.0.layers.iter().map(value_weight);
+        let mut dtypes = names.map(|name| Some(self.0.file.tensor(&name).ok()?.dtype));
+        let first = dtypes.next()?;
+        dtypes.all(|dtype| dtype == first).then_some(first)?
     }
 
     /// Writes the adapter, whole or not at all. Equal adapters give equal bytes.
@@ -331,9 +343,10 @@ impl Adapter {
 
     /// What a preset keeps of its adapter's metadata: licence, author, training.
     fn inherited_metadata(&self) -> BTreeMap<String, String> {
+        let kept = ["vmix.trained", "vmix.projection"];
         self.metadata()
             .iter()
-            .filter(|(key, _)| key.starts_with("modelspec.") || *key == "vmix.trained")
+            .filter(|(key, _)| key.starts_with("modelspec.") || kept.contains(&key.as_str()))
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect()
     }

@@ -23,9 +23,12 @@
 mod adapter;
 mod attention;
 mod checkpoint;
+#[cfg(feature = "cli")]
+pub mod cli;
 #[cfg(feature = "clip")]
 mod clip;
 mod component;
+mod convert;
 mod error;
 #[cfg(feature = "capi")]
 mod ffi;

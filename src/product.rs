@@ -8,6 +8,14 @@ const ROWS: usize = 128;
 
 /// rows·Wᵀ in f32, for rows \[m, k\] and a weight W \[n, k\]. The error says what was not finite.
 pub(crate) fn times_transposed(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
+    let out = product(rows, weight)?;
+    if !out.iter().all(|x| x.is_finite()) {
+        return Err("values that overflow float32 at these label weights".to_owned());
+    }
+    Ok(out)
+}
+
+fn product(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
     let &[inner_dim, dim] = weight.shape else {
         panic!("the shape of weights is checked when a file is opened")
     };
@@ -24,9 +32,6 @@ pub(crate) fn times_transposed(rows: &[f32], weight: View<'_>) -> Result<Vec<f32
             return Err("NaN or infinity".to_owned());
         }
         multiply(rows, block, dim, &mut out[index * ROWS..], inner_dim);
-    }
-    if !out.iter().all(|x| x.is_finite()) {
-        return Err("values that overflow float32 at these label weights".to_owned());
     }
     Ok(out)
 }
@@ -52,7 +57,11 @@ pub(crate) fn times_transposed_in_parallel(
                 bytes,
                 ..weight
             };
-            times_transposed(rows, part)
+            let part = product(rows, part)?;
+            if !part.iter().all(|x| x.is_finite()) {
+                return Err("values with which float32 overflows".to_owned());
+            }
+            Ok(part)
         })
         .collect::<Result<_, _>>()?;
     let mut out = vec![0f32; rows.len() / dim * inner_dim];

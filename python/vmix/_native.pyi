@@ -20,6 +20,7 @@ __all__ = [
     "ldm_name",
     "open",
     "read_label_list",
+    "run_command",
     "training_free_adapter",
     "unet_layers",
 ]
@@ -268,3 +269,6 @@ def training_free_adapter(
     positive and negative text that a host computed itself: those of its context at the first end of
     text. `layers` are (diffusers name, LDM name, inner_dim) of its U-Net; SD1.5 and SDXL, which d
     tells apart, need none. **Experimental.**"""
+
+def run_command(arguments: Sequence[str]) -> int:
+    """Runs the command `vmix`, whose name is the first argument; returns its exit status."""

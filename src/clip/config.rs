@@ -81,7 +81,7 @@ impl ClipConfig {
         let config: Self =
             serde_json::from_slice(&read(path)?).map_err(|e| refused(e.to_string()))?;
         let heads = config.num_attention_heads;
-        if heads == 0 || !config.hidden_size.is_multiple_of(heads) {
+        if heads == 0 || config.hidden_size == 0 || !config.hidden_size.is_multiple_of(heads) {
             return Err(refused(format!(
                 "{heads} heads for a width of {}",
                 config.hidden_size
@@ -89,6 +89,12 @@ impl ClipConfig {
         }
         if config.num_hidden_layers == 0 {
             return Err(refused("no layers".to_owned()));
+        }
+        if config.layer_norm_eps <= 0.0 {
+            return Err(refused(format!(
+                "layer_norm_eps {}, not above 0",
+                config.layer_norm_eps
+            )));
         }
         Ok(config)
     }

@@ -124,7 +124,7 @@ impl TextEncoder {
                 if ids.len() > most {
                     return Err(Error::argument(
                         format!("text {text:?}"),
-                        format!("at most {} tokens", most - 2),
+                        format!("at most {} tokens", most.saturating_sub(2)),
                         format!("{}", ids.len() - 2),
                     ));
                 }

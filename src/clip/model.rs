@@ -59,12 +59,16 @@ impl ClipTextModel {
         let ClipConfig {
             vocab_size,
             hidden_size: d,
+            intermediate_size,
+            num_hidden_layers,
             max_positions,
             ..
         } = model.config;
         let weights = &model.weights;
         weights.tensor_of_shape(&model.names.token_embedding(), &[vocab_size, d])?;
         weights.tensor_of_shape(&model.names.position_embedding(), &[max_positions, d])?;
+        let last = format!("{}.weight", model.names.fc1(num_hidden_layers - 1));
+        weights.tensor_of_shape(&last, &[intermediate_size, d])?;
         Ok(model)
     }
 
@@ -164,6 +168,11 @@ impl ClipTextModel {
                 }
                 widen(embedding.dtype, &embedding.bytes[id * row..][..row], x);
             }
+        }
+        if !x.iter().all(|x| x.is_finite()) {
+            return Err(self
+                .weights
+                .error(&name, "finite values", "NaN or infinity"));
         }
         let positions = self.names.position_embedding();
         let positions = self.weights.small_tensor(&positions, &[max_positions, d])?;

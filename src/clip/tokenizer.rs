@@ -42,21 +42,33 @@ struct Config {
     bos_token: Option<Token>,
     eos_token: Option<Token>,
     unk_token: Option<Token>,
+    pad_token: Option<Token>,
     model_max_length: Option<f64>,
+    /// By id: what is found in a text before it is split into words.
+    #[serde(default)]
+    added_tokens_decoder: BTreeMap<u32, AddedToken>,
 }
 
 #[derive(Deserialize)]
 #[serde(untagged)]
 enum Token {
     Text(String),
-    Object { content: String },
+    Object {
+        content: String,
+        #[serde(default)]
+        normalized: bool,
+    },
 }
 
 impl Token {
-    fn or(token: Option<Self>, default: &str) -> String {
+    fn or(token: Option<Self>, default: &str) -> AddedToken {
         match token {
-            Some(Self::Text(content) | Self::Object { content }) => content,
-            None => default.to_owned(),
+            Some(Self::Text(content)) => AddedToken::from(content, true),
+            Some(Self::Object {
+                content,
+                normalized,
+            }) => AddedToken::from(content, true).normalized(normalized),
+            None => AddedToken::from(default, true),
         }
     }
 }
@@ -65,6 +77,15 @@ impl Token {
 #[derive(Deserialize)]
 struct File {
     model: Model,
+    #[serde(default)]
+    added_tokens: Vec<Added>,
+}
+
+#[derive(Deserialize)]
+struct Added {
+    id: u32,
+    #[serde(flatten)]
+    token: AddedToken,
 }
 
 #[derive(Deserialize)]
@@ -121,7 +142,7 @@ impl Tokenizer {
             })
         }
         let config = folder.join("tokenizer_config.json");
-        let config = if config.exists() {
+        let mut config = if config.exists() {
             json(&config)?
         } else {
             Config::default()
@@ -136,7 +157,14 @@ impl Tokenizer {
             (json(&folder.join("vocab.json"))?, merges)
         } else {
             let path = folder.join("tokenizer.json");
-            let File { model } = json(&path)?;
+            let File {
+                model,
+                added_tokens,
+            } = json(&path)?;
+            let added = added_tokens
+                .into_iter()
+                .map(|Added { id, token }| (id, token));
+            config.added_tokens_decoder.extend(added);
             let merges = model.merges.into_iter().map(|merge| match merge {
                 Merge::Pair(a, b) => Some((a, b)),
                 Merge::Text(line) => parse_merge(&line),
@@ -157,13 +185,15 @@ impl Tokenizer {
         let start = Token::or(config.bos_token, START);
         let end = Token::or(config.eos_token, END);
         let unknown = Token::or(config.unk_token, END);
-        let [start_id, end_id] = [&start, &end].map(|token| vocab.get(token).copied());
-        let missing = |token| refused(format!("no token `{token}` in the vocabulary"));
-        let start_id = start_id.ok_or_else(|| missing(&start))?;
-        let end_id = end_id.ok_or_else(|| missing(&end))?;
+        let pad = Token::or(config.pad_token, END);
+        let id_of = |token: &AddedToken| {
+            let missing = || refused(format!("no token `{}` in the vocabulary", token.content));
+            vocab.get(&token.content).copied().ok_or_else(missing)
+        };
+        let (start_id, end_id) = (id_of(&start)?, id_of(&end)?);
         let model = BPE::builder()
             .vocab_and_merges(vocab, merges)
-            .unk_token(unknown)
+            .unk_token(unknown.content.clone())
             .continuing_subword_prefix(String::new())
             .end_of_word_suffix(END_OF_WORD.to_owned())
             .build()
@@ -185,9 +215,18 @@ impl Tokenizer {
                 .into(),
             ByteLevel::new(false, true, true).into(),
         ])));
-        pipeline
-            .add_special_tokens([start, end].map(|token| AddedToken::from(token, true)))
-            .map_err(failed)?;
+        let mut added: Vec<AddedToken> = config.added_tokens_decoder.values().cloned().collect();
+        for token in [start, end, unknown, pad] {
+            if !added.iter().any(|known| known.content == token.content) {
+                added.push(token);
+            }
+        }
+        pipeline.add_tokens(added).map_err(failed)?;
+        for (id, AddedToken { content, .. }) in config.added_tokens_decoder {
+            if pipeline.token_to_id(&content) != Some(id) {
+                return Err(refused(format!("id {id} for the added token `{content}`")));
+            }
+        }
         // Folders may say 1e30 for "any".
         let longest = config.model_max_length.filter(|n| (3.0..1e6).contains(n));
         Ok(Self {

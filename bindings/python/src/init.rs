@@ -216,3 +216,9 @@ pub struct ClipOutput {
     pooled: Py<Tensor>,
     projected: Option<Py<Tensor>>,
 }
+
+/// The command `vmix`; the first argument is its name.
+#[pyfunction]
+pub fn run_command(py: Python<'_>, arguments: Vec<std::ffi::OsString>) -> u8 {
+    py.detach(|| vmix::cli::status(arguments))
+}
