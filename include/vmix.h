@@ -271,7 +271,8 @@ typedef struct VmixValues VmixValues;
  *  `params`: NULL for the file's defaults in f32. `*out` is freed with vmix_values_free() and does
  *  not need the adapter any more.
  *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, INVALID_FILE (value weights that are not finite, or
- *  whose product with these weights overflows), UNSUPPORTED (an adapter without value weights, or params of a later version).
+ *  whose product with these weights overflows), UNSUPPORTED (an adapter without value weights and no
+ *  base_path, or params of a later version), IO (base_path).
  */
 VmixStatus
 vmix_adapter_values (

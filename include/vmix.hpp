@@ -92,6 +92,7 @@ struct ValuesOptions {
     std::vector<float> weights{};  // one per label, or none
     ApplyTo apply_to = ApplyTo::as_file_says;
     DType dtype = DType::f32;
+    std::string base_path{};  // of the checkpoint, for adapters without value weights
 };
 
 /** VmixAttentionParams, where it shows what can be left out. */
@@ -288,6 +289,8 @@ public:
         params.weight_count = options.weights.size();
         params.apply_to = VmixApplyTo(options.apply_to);
         params.dtype = VmixDType(options.dtype);
+        const std::string base_path = detail::c_string(options.base_path);
+        params.base_path = base_path.empty() ? nullptr : base_path.c_str();
         VmixValues* values = nullptr;
         detail::check(vmix_adapter_values(handle(), &params, &values));
         return Values(values);

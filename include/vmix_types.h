@@ -316,6 +316,11 @@ typedef struct VmixValuesParams {
      * Element type of V_a; 0 for VMIX_DTYPE_F32. Sums are f32 in any case.
      */
     VmixDType dtype;
+    /**
+     * For an adapter without value weights of its own: the checkpoint whose W_V serve, a safetensors
+     * file or the folder of a diffusers pipeline; bytes on Unix, UTF-8 on Windows. Otherwise NULL.
+     */
+    const char *base_path;
 } VmixValuesParams;
 
 /**

@@ -16,7 +16,7 @@ use super::{
     types::*,
     values::VmixValues,
 };
-use crate::{Adapter, DType, LabelKey, Opened, Selection, ValueWeights, Values};
+use crate::{Adapter, Checkpoint, DType, LabelKey, Opened, Selection, ValueWeights, Values};
 
 /// An adapter that is open.
 pub struct VmixAdapter {
@@ -294,7 +294,8 @@ unsafe fn vmix_adapter_project(
 /// `params`: NULL for the file's defaults in f32. `*out` is freed with vmix_values_free() and does
 /// not need the adapter any more.
 /// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, INVALID_FILE (value weights that are not finite, or
-/// whose product with these weights overflows), UNSUPPORTED (an adapter without value weights, or params of a later version).
+/// whose product with these weights overflows), UNSUPPORTED (an adapter without value weights and no
+/// base_path, or params of a later version), IO (base_path).
 #[ffi_export]
 unsafe fn vmix_adapter_values(
     adapter: *const VmixAdapter,
@@ -307,6 +308,7 @@ unsafe fn vmix_adapter_values(
         let mut selected = Selection::Default;
         let mut apply_to = adapter.apply_to();
         let mut dtype = DType::F32;
+        let mut base = None;
         if !params.is_null() {
             let params = argument::read_struct("params", params)?;
             let name = "params->weights";
@@ -315,8 +317,15 @@ unsafe fn vmix_adapter_values(
             if params.dtype != VmixDType(0) {
                 dtype = argument::dtype("params", params.dtype)?;
             }
+            if !params.base_path.is_null() {
+                let path = argument::path("params->base_path", params.base_path.cast())?;
+                base = Some(Checkpoint::open(path)?);
+            }
         }
-        let values: Values = adapter.values(&selected, apply_to, dtype)?;
+        let values: Values = match &base {
+            None => adapter.values(&selected, apply_to, dtype)?,
+            Some(base) => adapter.values_on(base, &selected, apply_to, dtype)?,
+        };
         out.write(VmixValues::boxed(values));
         Ok(())
     })

@@ -215,6 +215,9 @@ pub struct VmixValuesParams {
     pub apply_to: VmixApplyTo,
     /// Element type of V_a; 0 for VMIX_DTYPE_F32. Sums are f32 in any case.
     pub dtype: VmixDType,
+    /// For an adapter without value weights of its own: the checkpoint whose W_V serve, a safetensors
+    /// file or the folder of a diffusers pipeline; bytes on Unix, UTF-8 on Windows. Otherwise NULL.
+    pub base_path: *const c_char,
 }
 
 /// What vmix_mix_values() is to mix.

@@ -183,7 +183,7 @@ static VmixValues *computing(const VmixAdapter *adapter, VmixApplyTo apply_to, V
     VmixAdapterInfo info = {.struct_size = sizeof info};
     OK(vmix_adapter_info(adapter, &info));
     VmixValues *values = NOT_A_HANDLE;
-    VmixValuesParams params = {sizeof params, weights, info.label_count, apply_to, dtype};
+    VmixValuesParams params = {sizeof params, weights, info.label_count, apply_to, dtype, NULL};
     FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_values(NULL, &params, &values));
     FAILS(NULL_ARGUMENT, "out", vmix_adapter_values(adapter, &params, NULL));
     params.apply_to = 9;
@@ -198,9 +198,18 @@ static VmixValues *computing(const VmixAdapter *adapter, VmixApplyTo apply_to, V
     weights[0] = INFINITY;
     FAILS(INVALID_ARGUMENT, "finite", vmix_adapter_values(adapter, &params, &values));
     weights[0] = 0.25f;
-    params.struct_size = sizeof params - 1;
+    params.struct_size = offsetof(VmixValuesParams, base_path) - 1;
     FAILS(INVALID_ARGUMENT, "struct_size", vmix_adapter_values(adapter, &params, &values));
+    params.base_path = ""; /* which a host that was built without the field never says */
+    params.struct_size = offsetof(VmixValuesParams, base_path);
+    OK(vmix_adapter_values(adapter, &params, &values));
+    vmix_values_free(values);
+    values = NOT_A_HANDLE;
     params.struct_size = sizeof params;
+    FAILS(INVALID_ARGUMENT, "base_path", vmix_adapter_values(adapter, &params, &values));
+    params.base_path = "no such file";
+    FAILS(IO, "no such file", vmix_adapter_values(adapter, &params, &values));
+    params.base_path = NULL;
     struct {
         VmixValuesParams params;
         size_t later;

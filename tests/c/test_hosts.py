@@ -50,6 +50,20 @@ def test_c_host_prints_the_norms_that_torch_computes(build: Build) -> None:
     assert re.findall(r"label (.+) \(", printed) == [label.name for label in values.labels]
 
 
+def test_c_host_takes_value_weights_from_a_checkpoint(build: Build, tmp_path: Path) -> None:
+    base, path = ADAPTER.parent / "model", tmp_path / "start.safetensors"
+    start = vmix.init_adapter(base, ["red", "calm: a calm mood | noisy"], training_free=True)
+    start.save(path)
+    printed = run(build("examples/c/host.c"), path, base)
+    norms = dict(re.findall(r"layer (\S+), \d+ wide, \|V_a\| (\S+)", printed))
+    values = start.values(base=base)
+    assert list(norms) == list(values)
+    for layer, norm in norms.items():
+        expected = torch.from_dlpack(values[layer]).double().norm().item()
+        assert expected > 0
+        assert float(norm) == pytest.approx(expected, abs=5.1e-5)  # four decimals are printed
+
+
 def test_c_host_opens_a_preset(build: Build, tmp_path: Path) -> None:
     preset = tmp_path / "preset.safetensors"
     vmix.Adapter.open(ADAPTER).values("sharp focus", dtype="bfloat16").save(preset)
