@@ -123,7 +123,8 @@ class ValueMix:
         )
 
     def new_run(self, *_: Any) -> None:
-        """Forgets V_a that was computed with the base's W_V: its LoRAs may have changed."""
+        """Forgets V_a that was computed with the base's W_V: its LoRAs, or the hooks that change
+        weights during the sampling, may be others now."""
         if self.features is not None:
             for layer in self.layers:
                 layer.values = None
@@ -150,7 +151,9 @@ class ValueMix:
         other packs may sit on the instance's."""
         assert self.features is not None
         weight = to_v.weight
-        dtype = weight.dtype if weight.dtype.itemsize > 1 else torch.float32
+        # Layers that cast their weights do so to the dtype of what comes in.
+        casts = getattr(to_v, "comfy_cast_weights", False) or weight.dtype.itemsize == 1
+        dtype = torch.float32 if casts else weight.dtype
         forward = type(to_v).forward
         return self.features.map(lambda f_a: forward(to_v, f_a[None].to(weight.device, dtype))[0])
 
