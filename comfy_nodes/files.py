@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -147,10 +148,11 @@ def open_file(path: str | os.PathLike[str], name: str = "") -> VMix:
         return _open_without_native(path, name)
     opened = native.open(path)
     labels = tuple(
-        Label(label.name, label.dimension, label.default, label.display_names)
+        Label(label.name, label.dimension, as_written(label.default), label.display_names)
         for label in opened.labels
     )
     adapter = isinstance(opened, native.Adapter)
+    selection = opened.weights() if adapter else opened.selection
     return VMix(
         name,
         "adapter" if adapter else "preset",
@@ -160,10 +162,15 @@ def open_file(path: str | os.PathLike[str], name: str = "") -> VMix:
         opened.context_dim if adapter else None,
         opened.apply_to,
         {layer.name: layer.inner_dim for layer in opened.layers},
-        opened.weights() if adapter else opened.selection,
+        {name: as_written(w) for name, w in selection.items()},
         opened.value_weights if adapter else "own",
         opened,
     )
+
+
+def as_written(weight: float) -> float:
+    """The library's weights have 32 bits: 0.35 again, not 0.3499999940395355."""
+    return float(str(np.float32(weight)))
 
 
 class _PresetFile:
