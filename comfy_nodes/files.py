@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
@@ -135,6 +135,10 @@ class VMix:
             raise ValueError(f"{self.name} is a preset already; there is nothing to save")
         self._adapter().values(weights, apply_to=policy, dtype=dtype).save(path)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the adapter."""
+        self._adapter().save(path)
+
     def _adapter(self) -> Any:
         if self.opened is None:
             raise RuntimeError(f"{self.name} is an adapter; computing its values {INSTALL}")
@@ -146,7 +150,36 @@ def open_file(path: str | os.PathLike[str], name: str = "") -> VMix:
     name = name or os.path.basename(path)
     if native is None:
         return _open_without_native(path, name)
-    opened = native.open(path)
+    return _opened(native.open(path), name)
+
+
+def read_labels(text: str) -> list[Any]:
+    """The labels of a list, on lines or between semicolons: `vmix.Label`, with what is not said."""
+    if native is None:
+        raise RuntimeError(f"making an adapter {INSTALL}")
+    labels: list[Any] = native.read_label_list([text], training_free=True)
+    return labels
+
+
+def training_free(
+    name: str,
+    labels: str,
+    features: Tensor,
+    context_tokens: int,
+    layers: Sequence[tuple[str, str, int]],
+) -> VMix:
+    """An adapter from the features [N, 2, d] of a list's labels; `layers` are needed where the
+    U-Net is neither SD1.5's nor SDXL's."""
+    if native is None:
+        raise RuntimeError(f"making an adapter {INSTALL}")
+    opened = native.training_free_adapter(
+        [labels], features, context_tokens=context_tokens, layers=list(layers)
+    )
+    return _opened(opened, name)
+
+
+def _opened(opened: Any, name: str) -> VMix:
+    assert native is not None
     labels = tuple(
         Label(label.name, label.dimension, as_written(label.default), label.display_names)
         for label in opened.labels

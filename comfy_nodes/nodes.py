@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -15,8 +16,8 @@ import torch
 from comfy.patcher_extension import CallbacksMP, WrappersMP
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo_model
-from .files import APPLY_TO, DTYPES, Selection, VMix, open_file
+from . import demo_model, training_free
+from .files import APPLY_TO, DTYPES, Selection, VMix, as_written, open_file, read_labels
 from .grid import draw_row
 from .mixing import Layer, ValueMix, layer_paths
 from .selection import block_of, block_strengths, parse_selection, parse_strengths
@@ -84,7 +85,7 @@ class VMixAesthetics(io.ComfyNode):  # type: ignore[misc]
     def execute(cls, vmix: VMix, aesthetics: str) -> io.NodeOutput:
         weights = vmix.weights(parse_selection(aesthetics))
         # For sliders whose file the browser cannot find by following links.
-        return io.NodeOutput(weights, ui={"vmix_labels": [labels_of(vmix)]})
+        return io.NodeOutput(weights, ui={"vmix_labels": [labels_of_file(vmix)]})
 
 
 class VMixApply(io.ComfyNode):  # type: ignore[misc]
@@ -202,10 +203,7 @@ class VMixSavePreset(io.ComfyNode):  # type: ignore[misc]
         dtype: str,
         aesthetics: Selection | None = None,
     ) -> io.NodeOutput:
-        folder, name, counter, *_ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
-        path = os.path.join(folder, f"{name}_{counter:05}_.safetensors")
+        path = free_path(filename_prefix, folder_paths.get_output_directory())
         vmix.save_preset(path, aesthetics, apply_to, dtype)
         return io.NodeOutput(ui={"text": [f"saved {path}"]})
 
@@ -345,6 +343,78 @@ class VMixDemoModel(io.ComfyNode):  # type: ignore[misc]
         return io.NodeOutput(*demo_model.load())
 
 
+class VMixInit(io.ComfyNode):  # type: ignore[misc]
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="VMixInit",
+            display_name="VMix Training-Free Start",
+            category=CATEGORY,
+            description="Experimental: not the trained adapter of the paper. Makes labels of your "
+            "own words that work at once with Apply VMix on the checkpoint they come from, SD1.5 "
+            "or SDXL, from its text encoder and its own value weights.",
+            inputs=[
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The checkpoint's text encoder, with LoRA and clip-skip as they are.",
+                ),
+                io.String.Input(
+                    "labels",
+                    multiline=True,
+                    default="vibrant color\nnatural lighting\nsharp focus: sharp focus | blurry",
+                    placeholder="name: positive text | negative text",
+                    tooltip="A label on every line or between semicolons: a name; or a name, a "
+                    "colon and the positive text; and after a vertical bar the negative text, "
+                    "otherwise the empty one. Experimental.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="",
+                    tooltip="In models/vmix, where Load VMix finds it; a counter is added. Empty: "
+                    "nothing is saved.",
+                ),
+                io.Model.Input(
+                    "model",
+                    optional=True,
+                    tooltip="Only for U-Nets that are neither SD1.5's nor SDXL's.",
+                ),
+            ],
+            outputs=[VMIX.Output(display_name="vmix")],
+            is_output_node=True,
+            is_experimental=True,
+        )
+
+    @classmethod
+    def execute(
+        cls, clip: Any, labels: str, filename_prefix: str, model: Any = None
+    ) -> io.NodeOutput:
+        if model is None:
+            vmix = training_free.make(clip, labels)
+        else:
+            vmix = training_free.make(clip, labels, *cross_attentions(model))
+        if not filename_prefix.strip():
+            return io.NodeOutput(vmix)
+        path = free_path(filename_prefix, os.path.join(folder_paths.models_dir, FOLDER))
+        vmix.save(path)
+        return io.NodeOutput(vmix, ui={"text": [f"saved {path}"]})
+
+
+def free_path(filename_prefix: str, root: str) -> str:
+    """A new file's path below a folder, numbered as ComfyUI numbers what it saves."""
+    root = os.path.abspath(root)
+    prefix = os.path.normpath(filename_prefix.strip())
+    # Not every ComfyUI looks at this, nor counts with a slash at the end or on disks that take
+    # capital letters for small ones.
+    if os.path.relpath(os.path.join(root, prefix), root).split(os.sep)[0] in (os.pardir, os.curdir):
+        raise ValueError(
+            f"filename_prefix: expected a name below {root}, found {filename_prefix!r}"
+        )
+    folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, root)
+    while os.path.lexists(path := os.path.join(folder, f"{name}_{counter:05}_.safetensors")):
+        counter += 1
+    return path
+
+
 def apply_to_input() -> Any:
     return io.Combo.Input(
         "apply_to",
@@ -392,7 +462,8 @@ def applied(
         attention=comfy.ldm.modules.attention.optimized_attention,
     )
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, mix)
-    clone.add_callback_with_key(CallbacksMP.ON_PRE_RUN, KEY, mix.new_run)
+    for when in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_APPLY_HOOKS):
+        clone.add_callback_with_key(when, KEY, mix.new_run)
     return clone
 
 
@@ -405,19 +476,22 @@ def checked_layers(model: Any, vmix: VMix) -> dict[str, str]:
         to_v = model.get_model_object(f"diffusion_model.{path}.to_v")
         # Another pack's module in its place need not tell its width.
         found[name] = getattr(to_v, "out_features", vmix.layers.get(name))
+    expected: dict[str, Any] = dict(vmix.layers)
+    if vmix.value_weights == "base":  # V_a is as wide as what the model's own to_v returns
+        expected = {name: found.get(name, width) for name, width in expected.items()}
     context = config.unet_config.get("context_dim") if found else None
-    if found == dict(vmix.layers) and vmix.context_dim in (None, context):
+    if found == expected and vmix.context_dim in (None, context):
         return paths
     kind = type(config).__name__
     theirs = f"{len(found)} layers, context {context}" if found else "no such layers"
-    ours = f"{len(vmix.layers)} cross-attention layers"
+    ours = f"{len(expected)} cross-attention layers"
     if vmix.context_dim is not None:
         ours += f", context {vmix.context_dim}"
     first = ""
-    for layer in sorted({*found, *vmix.layers}) if found else ():
-        if found.get(layer) != vmix.layers.get(layer):
+    for layer in sorted({*found, *expected}) if found else ():
+        if found.get(layer) != expected.get(layer):
             first = (
-                f"; {layer}: expected width {vmix.layers.get(layer, '(no such layer)')}, "
+                f"; {layer}: expected width {expected.get(layer, '(no such layer)')}, "
                 f"found {found.get(layer, '(no such layer)')}"
             )
             break
@@ -425,6 +499,20 @@ def checked_layers(model: Any, vmix: VMix) -> dict[str, str]:
         f"{vmix.name} is for {BASES.get(vmix.base, vmix.base)} ({ours}), "
         f"but the model is {kind} ({theirs}){first}"
     )
+
+
+def cross_attentions(model: Any) -> tuple[list[training_free.UNetLayer], int]:
+    """All layers of a model, and the width of its context."""
+    config = model.model.model_config
+    layers = []
+    for name, path in layer_paths(comfy.utils.unet_to_diffusers(config.unet_config)).items():
+        attn = model.get_model_object(f"diffusion_model.{path}")
+        layers.append((name, path, attn.heads * attn.dim_head))
+    if not layers:
+        raise ValueError(
+            f"model: expected a U-Net with cross-attention, found {type(config).__name__}"
+        )
+    return layers, config.unet_config["context_dim"]
 
 
 def compute_dtype(model: Any) -> torch.dtype:
@@ -449,21 +537,33 @@ def label_cells(vmix: VMix, strength: float) -> list[tuple[str, Selection | None
     ]
 
 
-def labels_of(vmix: VMix) -> dict[str, Any]:
+def labels_of(
+    name: str, kind: str, labels: Sequence[Any], weights: Mapping[str, float]
+) -> dict[str, Any]:
     """What the sliders are drawn from."""
     return {
-        "name": vmix.name,
-        "kind": vmix.kind,
+        "name": name,
+        "kind": kind,
         "labels": [
             {
                 "name": label.name,
                 "dimension": label.dimension,
-                "weight": vmix.selection[label.name],
+                "weight": weights[label.name],
                 "display_names": dict(label.display_names),
             }
-            for label in vmix.labels
+            for label in labels
         ],
     }
+
+
+def labels_of_file(vmix: VMix) -> dict[str, Any]:
+    return labels_of(vmix.name, vmix.kind, vmix.labels, vmix.selection)
+
+
+def labels_of_list(text: str) -> dict[str, Any]:
+    labels = read_labels(text)
+    weights = {label.name: as_written(label.default) for label in labels}
+    return labels_of(training_free.NAME, "adapter", labels, weights)
 
 
 def register_folders() -> None:
@@ -477,12 +577,14 @@ def register_folders() -> None:
 
 
 def register_routes() -> None:
-    """GET /vmix/labels?vmix_name=… (or ?demo=1), for the sliders."""
+    """GET /vmix/labels?vmix_name=… (or ?demo=1, or ?list=… of VMixInit), for the sliders."""
     from aiohttp import web
     from server import PromptServer
 
     async def labels(request: web.Request) -> web.Response:
         try:
+            if "list" in request.query:
+                return web.json_response(labels_of_list(request.query["list"]))
             if "demo" in request.query:
                 vmix = open_file(demo_model.ADAPTER, demo_model.NAME)
             else:
@@ -491,9 +593,9 @@ def register_routes() -> None:
                 if name not in folder_paths.get_filename_list(FOLDER):
                     raise FileNotFoundError(f"no file {name!r} in models/vmix")
                 vmix = open_file(folder_paths.get_full_path_or_raise(FOLDER, name), name)
-        except (OSError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             return web.json_response({"error": str(error)}, status=404)
-        return web.json_response(labels_of(vmix))
+        return web.json_response(labels_of_file(vmix))
 
     if getattr(PromptServer, "instance", None) is not None:
         PromptServer.instance.routes.get("/vmix/labels")(labels)
@@ -504,4 +606,12 @@ class VMixExtension(ComfyExtension):  # type: ignore[misc]
         # Not in on_load, which ComfyUI up to 0.3.64 at least never calls.
         register_folders()
         register_routes()
-        return [VMixLoader, VMixAesthetics, VMixApply, VMixSavePreset, VMixCompare, VMixDemoModel]
+        return [
+            VMixLoader,
+            VMixAesthetics,
+            VMixApply,
+            VMixSavePreset,
+            VMixCompare,
+            VMixDemoModel,
+            VMixInit,
+        ]

@@ -52,20 +52,23 @@ class Base:
         tokens: tuple[int, int] = (77, 77),
         steps: int = 2,
         control: Mapping[str, Any] | None = None,
+        positive: Mapping[str, Any] | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Latents after a few steps of the real sampler from a fixed noise."""
+        """Latents after a few steps of the real sampler from a fixed noise. `control` is for both
+        prompts, `positive` for one."""
         if host.PACKAGED:
             # There, a clone of the model does not learn that another clone has been loaded,
             # so its own weight patches (LoRA) would not be applied, VMix or not.
             comfy.model_management.unload_all_models()
-        positive, negative = self.prompt(1, tokens[0]), self.prompt(2, tokens[1])
-        for prompt in (positive, negative):
+        prompts = self.prompt(1, tokens[0]), self.prompt(2, tokens[1])
+        for prompt in prompts:
             prompt[0][1].update(control or {})
+        prompts[0][0][1].update(positive or {})
         latent = torch.zeros(batch, 4, *(size or (self.size, self.size)))
         noise = comfy.sample.prepare_noise(latent, 7)
         return comfy.sample.sample(
-            model, noise, steps, cfg, "euler", "normal", positive, negative, latent,
+            model, noise, steps, cfg, "euler", "normal", *prompts, latent,
             disable_pbar=True, seed=7,
         )  # fmt: skip
 

@@ -101,7 +101,8 @@ def two_branches(
     a key without depth is hidden by one with it.
     """
     f_a = value_features(tensors, weights)
-    f_negative = value_features(tensors, [0.0] * len(weights))
+    difference = "projection.gain" in tensors
+    f_negative = -f_a if difference else value_features(tensors, [0.0] * len(weights))
     clone = model.clone()
     options_of_model = clone.model_options["transformer_options"]
     existing = options_of_model.get("patches_replace", {}).get("attn2", {})
