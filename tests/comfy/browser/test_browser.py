@@ -417,7 +417,7 @@ def test_example(path: Path, ui: Frontend, model_file: Any, tmp_path: Path) -> N
     )
     assert ui.page.locator("[role=dialog]:visible").count() == 0
     if "VMixAesthetics" in types:
-        ui.expect(lambda: len(ui.weights()) >= 3, True)
+        ui.expect(lambda: len(ui.weights()) >= (1 if "VMixInit" in types else 3), True)
 
     ui.page.evaluate(
         """() => {
@@ -426,7 +426,7 @@ def test_example(path: Path, ui: Frontend, model_file: Any, tmp_path: Path) -> N
                 if (widget.name === "steps") widget.value = 2;
             }
         }"""
-        if path.stem != "vmix_demo"
+        if "VMixDemoModel" not in types
         else "() => {}"
     )
     outputs = ui.run()
