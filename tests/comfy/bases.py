@@ -52,19 +52,18 @@ class Base:
         tokens: tuple[int, int] = (77, 77),
         steps: int = 2,
         control: Mapping[str, Any] | None = None,
-        positive: Mapping[str, Any] | None = None,
+        each: Sequence[Mapping[str, Any]] = ({}, {}),
         size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Latents after a few steps of the real sampler from a fixed noise. `control` is for both
-        prompts, `positive` for one."""
+        prompts, `each` for the positive and for the negative one."""
         if host.PACKAGED:
             # There, a clone of the model does not learn that another clone has been loaded,
             # so its own weight patches (LoRA) would not be applied, VMix or not.
             comfy.model_management.unload_all_models()
         prompts = self.prompt(1, tokens[0]), self.prompt(2, tokens[1])
-        for prompt in prompts:
-            prompt[0][1].update(control or {})
-        prompts[0][0][1].update(positive or {})
+        for prompt, options in zip(prompts, each, strict=True):
+            prompt[0][1].update({**(control or {}), **options})
         latent = torch.zeros(batch, 4, *(size or (self.size, self.size)))
         noise = comfy.sample.prepare_noise(latent, 7)
         return comfy.sample.sample(

@@ -226,16 +226,23 @@ def test_a_lora_that_comes_and_goes(loaded: Any, model_file: Any) -> None:
     assert torch.equal(base.sample(ours), alone)
 
 
-def test_a_lora_of_one_conditioning(loaded: Any, model_file: Any) -> None:
-    """Hooks change the weights between the passes of one sampling."""
+@sd15_alone
+@pytest.mark.parametrize("which", ["positive", "negative"])
+def test_a_lora_of_one_conditioning(loaded: Any, model_file: Any, which: str) -> None:
+    """Hooks change the weights between the passes of one sampling; either pass has its own V_a."""
     base = prepared(loaded, model_file, lora=True)
     weights = comfy.utils.load_torch_file(str(model_file(f"{base.kind}-mini-lora")))
-    hooks = comfy.hooks.create_hook_lora(lora=weights, strength_model=LORA, strength_clip=0)
-    found = base.sample(base.ours(base.model), positive={"hooks": hooks})
-    expected = base.sample(base.literal(base.model), positive={"hooks": hooks})
-    assert difference(expected, base.sample(base.model, positive={"hooks": hooks})) > EFFECT
-    assert difference(expected, base.sample(base.literal(base.model))) > EFFECT
-    assert difference(found, expected) <= TOLERANCE
+    hooks = {"hooks": comfy.hooks.create_hook_lora(weights, LORA, 0)}
+    if which == "positive":
+        options = {"each": (hooks, {})}
+        ours, literal = base.ours(base.model), base.literal(base.model)
+    else:  # cfg 0 shows the negative's pass alone
+        options = {"each": ({}, hooks), "cfg": 0.0}
+        ours, literal = (mix(base.model, apply_to="both") for mix in (base.ours, base.literal))
+    expected = base.sample(literal, **options)
+    assert difference(expected, base.sample(base.model, **options)) > EFFECT
+    assert difference(expected, base.sample(literal, cfg=options.get("cfg", 5.0))) > EFFECT
+    assert difference(base.sample(ours, **options), expected) <= TOLERANCE
 
 
 @sd15_alone

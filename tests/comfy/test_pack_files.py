@@ -93,7 +93,7 @@ def texts(found: Any) -> list[str]:
 
 
 def test_the_nodes_are_found() -> None:
-    listed = re.search(r"return \[(VMix[^\]]+)\]", (PACK / "nodes.py").read_text("utf-8"))
+    listed = re.search(r"return \[\s*(VMix[^\]]+)\]", (PACK / "nodes.py").read_text("utf-8"))
     assert listed
     assert list(NODES) == re.findall(r"\w+", listed[1])
     assert {"model", "vmix", "apply_to", "mask"} < set(NODES["VMixApply"].inputs)
