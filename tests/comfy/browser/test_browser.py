@@ -376,6 +376,15 @@ def test_files(ui: Frontend) -> None:
     ui.expect(ui.messages, ["Connect a VMix file to see its labels."])
 
 
+def test_labels_as_they_are_typed(ui: Frontend) -> None:
+    ui.load(example("vmix_training_free.json"))
+    ui.expect(ui.weights, {"red": 1.0})
+    ui.set("VMixInit", "labels", "warm: warm light | cold light\ncalm; sharp")
+    ui.expect(ui.weights, {"warm": 0.33, "calm": 0.33, "sharp": 0.33})
+    ui.set("VMixInit", "labels", "a; a")
+    ui.expect(lambda: "two labels named `a`" in "".join(ui.messages()), True)
+
+
 def test_languages_and_palettes(open_page: Callable[..., Frontend]) -> None:
     ui = open_page(Comfy_Locale="zh", Comfy_ColorPalette="light")
     ui.load(example("vmix_demo.json"))
