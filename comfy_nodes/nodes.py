@@ -403,13 +403,13 @@ def free_path(filename_prefix: str, root: str) -> str:
     """A new file's path below a folder, numbered as ComfyUI numbers what it saves."""
     root = os.path.abspath(root)
     prefix = os.path.normpath(filename_prefix.strip())
-    # Not every ComfyUI looks at this, nor counts with a slash at the end or on disks that take
-    # capital letters for small ones.
+    # Not every ComfyUI refuses this itself.
     if os.path.relpath(os.path.join(root, prefix), root).split(os.sep)[0] in (os.pardir, os.curdir):
         raise ValueError(
             f"filename_prefix: expected a name below {root}, found {filename_prefix!r}"
         )
     folder, name, counter, *_ = folder_paths.get_save_image_path(prefix, root)
+    # It counts from 1 where capital letters are the only difference, which to some disks is none.
     while os.path.lexists(path := os.path.join(folder, f"{name}_{counter:05}_.safetensors")):
         counter += 1
     return path

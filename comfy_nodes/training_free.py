@@ -40,7 +40,7 @@ def make(
     found, tokens = features(clip, read)
     width = found.shape[-1]
     if context_dim is None and width not in KNOWN_WIDTHS:
-        known = " or ".join(f"{width} ({base})" for width, base in KNOWN_WIDTHS.items())
+        known = " or ".join(f"{d} ({base})" for d, base in KNOWN_WIDTHS.items())
         raise ValueError(
             f"clip: expected a text encoder whose context is {known} wide, found {width}; "
             "if your model is a U-Net that takes it, connect model"

@@ -230,6 +230,8 @@ def test_a_lora_that_comes_and_goes(loaded: Any, model_file: Any) -> None:
 @pytest.mark.parametrize("which", ["positive", "negative"])
 def test_a_lora_of_one_conditioning(loaded: Any, model_file: Any, which: str) -> None:
     """Hooks change the weights between the passes of one sampling; either pass has its own V_a."""
+    if host.PACKAGED:
+        pytest.skip("there, what hooks do to the weights adds up from run to run, VMix or not")
     base = prepared(loaded, model_file, lora=True)
     weights = comfy.utils.load_torch_file(str(model_file(f"{base.kind}-mini-lora")))
     hooks = {"hooks": comfy.hooks.create_hook_lora(weights, LORA, 0)}
