@@ -9,12 +9,13 @@ const ROWS: usize = 128;
 /// rows·Wᵀ in f32, for rows \[m, k\] and a weight W \[n, k\]. The error says what was not finite.
 pub(crate) fn times_transposed(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
     let out = product(rows, weight)?;
-    if !out.iter().all(|x| x.is_finite()) {
+    if !all_finite(&out) {
         return Err("values that overflow float32 at these label weights".to_owned());
     }
     Ok(out)
 }
 
+/// rows·Wᵀ, and an error where the weight is not finite. Where the result is not, callers know why.
 fn product(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
     let &[inner_dim, dim] = weight.shape else {
         panic!("the shape of weights is checked when a file is opened")
@@ -28,7 +29,7 @@ fn product(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
     {
         let block = &mut block[..bytes.len() / weight.dtype.size()];
         widen(weight.dtype, bytes, block);
-        if !block.iter().all(|x| x.is_finite()) {
+        if !all_finite(block) {
             return Err("NaN or infinity".to_owned());
         }
         multiply(rows, block, dim, &mut out[index * ROWS..], inner_dim);
@@ -36,11 +37,12 @@ fn product(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
     Ok(out)
 }
 
-/// The same with all cores, for one weight after the other.
+/// rows·Wᵀ + b with all cores, for one weight after the other.
 #[cfg(feature = "clip")]
 pub(crate) fn times_transposed_in_parallel(
     rows: &[f32],
     weight: View<'_>,
+    bias: &[f32],
 ) -> Result<Vec<f32>, String> {
     use rayon::prelude::*;
 
@@ -57,22 +59,29 @@ pub(crate) fn times_transposed_in_parallel(
                 bytes,
                 ..weight
             };
-            let part = product(rows, part)?;
-            if !part.iter().all(|x| x.is_finite()) {
-                return Err("values with which float32 overflows".to_owned());
-            }
-            Ok(part)
+            product(rows, part)
         })
         .collect::<Result<_, _>>()?;
     let mut out = vec![0f32; rows.len() / dim * inner_dim];
-    for (index, part) in parts.iter().enumerate() {
-        let width = part.len() / (rows.len() / dim);
-        let out = out.chunks_exact_mut(inner_dim);
-        for (out, part) in out.zip(part.chunks_exact(width)) {
-            out[index * ROWS..][..width].copy_from_slice(part);
+    let finite = out.par_chunks_mut(inner_dim).enumerate().all(|(row, out)| {
+        let blocks = out.chunks_mut(ROWS).zip(bias.chunks(ROWS));
+        for (part, (out, bias)) in parts.iter().zip(blocks) {
+            let part = &part[row * out.len()..];
+            for ((out, x), b) in out.iter_mut().zip(part).zip(bias) {
+                *out = x + b;
+            }
         }
+        all_finite(out)
+    });
+    if !finite {
+        return Err("values with which float32 overflows".to_owned());
     }
     Ok(out)
+}
+
+/// Does not stop at the first that is not, so that several are looked at together.
+fn all_finite(values: &[f32]) -> bool {
+    values.iter().fold(true, |all, x| all & x.is_finite())
 }
 
 /// out\[m, n\] = Σ_k lhs\[m, k\]·rhs\[n, k\], where rows of `out` are `out_stride` apart.

@@ -176,7 +176,7 @@ def ldm_name(name: str, layers_per_block: int = 2) -> str | None:
 
 @final
 class Tokenizer:
-    """CLIP's byte-pair encoding, as transformers' `CLIPTokenizer` does it; OpenAI's unless opened."""
+    """CLIP's byte-pair encoding, as transformers' `CLIPTokenizer`; OpenAI's unless opened."""
 
     def __new__(cls) -> Tokenizer: ...
     @staticmethod

@@ -116,7 +116,9 @@ impl TextEncoder {
             done += 1;
             progress(done, total);
         };
-        let mut features = Vec::new();
+        let width = self.context_dim();
+        let mut values = vec![0.0; texts.len() * width];
+        let mut start = 0;
         for Part { tokenizer, model } in &self.parts {
             let most = model.config().max_positions.min(tokenizer.max_tokens());
             let encode = |text: &&str| {
@@ -131,11 +133,14 @@ impl TextEncoder {
                 Ok(ids)
             };
             let ids = texts.iter().map(encode).collect::<Result<Vec<_>>>()?;
-            features.push(model.features(&ids, self.hidden, &mut step)?);
+            let features = model.features(&ids, self.hidden, &mut step)?;
+            let d = model.config().hidden_size;
+            for (row, feature) in values.chunks_exact_mut(width).zip(features.chunks_exact(d)) {
+                row[start..][..d].copy_from_slice(feature);
+            }
+            start += d;
         }
-        let all = candle_core::Tensor::cat(&features, 1)?;
-        let values = all.flatten_all()?.to_vec1()?;
-        let shape = [texts.len(), self.context_dim()];
+        let shape = [texts.len(), width];
         Ok(Tensor::rounded(shape, values, DType::F32))
     }
 }

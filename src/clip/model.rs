@@ -1,12 +1,12 @@
 //! One CLIP text model, computed from weights that stay in their file.
 
-use candle_core::{D, DType, Device, Tensor};
-use candle_nn::{LayerNorm, Module, ops::sigmoid, ops::softmax_last_dim};
+use candle_core::cpu::erf::erf_f32;
+use rayon::prelude::*;
 
 use super::{Activation, ClipConfig, names::Names};
 use crate::{
-    Error, Result, component::Component, file::View, product::times_transposed_in_parallel,
-    tensor::widen,
+    DType, Error, Result, Tensor, component::Component, file::View,
+    product::times_transposed_in_parallel, tensor::widen,
 };
 
 /// A CLIP text model. Its weights are read where they lie, in f32, f16 or bf16, block by block while
@@ -22,13 +22,13 @@ pub struct ClipTextModel {
 #[derive(Debug, Clone)]
 pub struct ClipOutput {
     /// Hidden states after the last block and the final LayerNorm, \[B, T, d\].
-    pub last: crate::Tensor,
+    pub last: Tensor,
     /// Hidden states before the last block, without the LayerNorm, \[B, T, d\].
-    pub penultimate: crate::Tensor,
+    pub penultimate: Tensor,
     /// `last` at the first end of text, \[B, d\].
-    pub pooled: crate::Tensor,
+    pub pooled: Tensor,
     /// `pooled` times the text projection, \[B, p\], if the file has one.
-    pub projected: Option<crate::Tensor>,
+    pub projected: Option<Tensor>,
 }
 
 /// Which hidden states of a text model a U-Net receives.
@@ -69,6 +69,9 @@ impl ClipTextModel {
         weights.tensor_of_shape(&model.names.position_embedding(), &[max_positions, d])?;
         let last = format!("{}.weight", model.names.fc1(num_hidden_layers - 1));
         weights.tensor_of_shape(&last, &[intermediate_size, d])?;
+        if intermediate_size == 0 {
+            return Err(weights.error(&last, "at least one row", "none"));
+        }
         Ok(model)
     }
 
@@ -82,41 +85,58 @@ impl ClipTextModel {
     pub fn encode(&self, texts: &[Vec<u32>]) -> Result<ClipOutput> {
         let d = self.config.hidden_size;
         let rows = texts.len();
-        let tokens = self.tokens(texts)?;
+        let tokens = self.longest(texts)?;
+        let filled: Vec<Vec<u32>> = texts
+            .iter()
+            .map(|ids| {
+                let mut ids = ids.clone();
+                ids.resize(tokens, ids[ids.len() - 1]);
+                ids
+            })
+            .collect();
+        let filled: Vec<&[u32]> = filled.iter().map(Vec::as_slice).collect();
         let layers = self.config.num_hidden_layers;
-        let penultimate = self.blocks(self.embed(texts, tokens)?, 0..layers - 1, &mut || ())?;
-        let last = self.blocks(penultimate.clone(), layers - 1..layers, &mut || ())?;
-        let last = self.final_norm(&last)?;
-        let pooled = at_ends(&last, texts)?;
+        let mut x = self.embed(&filled)?;
+        self.blocks(&mut x, &filled, 0..layers - 1, &mut || ())?;
+        let penultimate = x.clone();
+        self.blocks(&mut x, &filled, layers - 1..layers, &mut || ())?;
+        let last = self.final_norm(&x)?;
+        let ends = texts.iter().enumerate();
+        let ends = ends.map(|(row, ids)| row * tokens + first_end(ids));
+        let pooled: Vec<f32> = ends.flat_map(|at| &last[at * d..][..d]).copied().collect();
         let projected = self.project(&pooled)?;
-        let ours = |tensor: &Tensor, shape: Vec<usize>| -> Result<crate::Tensor> {
-            let values = tensor.flatten_all()?.to_vec1()?;
-            Ok(crate::Tensor::rounded(shape, values, crate::DType::F32))
-        };
+        let tensor = |shape: &[usize], values| Tensor::rounded(shape, values, DType::F32);
         Ok(ClipOutput {
-            last: ours(&last, vec![rows, tokens, d])?,
-            penultimate: ours(&penultimate, vec![rows, tokens, d])?,
-            pooled: ours(&pooled, vec![rows, d])?,
-            projected: projected
-                .map(|projected| ours(&projected, vec![rows, projected.dim(1)?]))
-                .transpose()?,
+            projected: projected.map(|values| tensor(&[rows, values.len() / rows], values)),
+            pooled: tensor(&[rows, d], pooled),
+            last: tensor(&[rows, tokens, d], last),
+            penultimate: tensor(&[rows, tokens, d], penultimate),
         })
     }
 
     /// \[B, d\]: the hidden states at the first end of text. Attention is causal, so that nothing
-    /// after it matters and no text is computed any longer than the longest of them.
+    /// after it matters, and nothing after it is computed.
     pub(crate) fn features(
         &self,
         texts: &[Vec<u32>],
         hidden: Hidden,
         progress: &mut dyn FnMut(),
-    ) -> Result<Tensor> {
-        let x = self.embed(texts, self.tokens(texts)?)?;
-        let blocks = self.block_count(hidden);
-        let x = at_ends(&self.blocks(x, 0..blocks, progress)?, texts)?;
+    ) -> Result<Vec<f32>> {
+        self.longest(texts)?;
+        let d = self.config.hidden_size;
+        let texts: Vec<&[u32]> = texts.iter().map(|ids| &ids[..=first_end(ids)]).collect();
+        let mut x = self.embed(&texts)?;
+        self.blocks(&mut x, &texts, 0..self.block_count(hidden), progress)?;
+        let mut rest = x.as_slice();
+        let mut ends = Vec::with_capacity(texts.len() * d);
+        for ids in texts {
+            let (text, others) = rest.split_at(ids.len() * d);
+            ends.extend(&text[text.len() - d..]);
+            rest = others;
+        }
         match hidden {
-            Hidden::Last => self.final_norm(&x),
-            Hidden::Penultimate => Ok(x),
+            Hidden::Last => self.final_norm(&ends),
+            Hidden::Penultimate => Ok(ends),
         }
     }
 
@@ -128,8 +148,8 @@ impl ClipTextModel {
         }
     }
 
-    /// T, the length of the longest text.
-    fn tokens(&self, texts: &[Vec<u32>]) -> Result<usize> {
+    /// The tokens of the longest text.
+    fn longest(&self, texts: &[Vec<u32>]) -> Result<usize> {
         let tokens = texts.iter().map(Vec::len).max().unwrap_or(0);
         let most = self.config.max_positions;
         if tokens == 0 || texts.iter().any(Vec::is_empty) || tokens > most {
@@ -142,8 +162,9 @@ impl ClipTextModel {
         Ok(tokens)
     }
 
-    /// \[B, T, d\]: the sum of token and position embeddings.
-    fn embed(&self, texts: &[Vec<u32>], tokens: usize) -> Result<Tensor> {
+    /// The sums of token and position embeddings: d values for every token of every text, one after
+    /// the other. So are all hidden states.
+    fn embed(&self, texts: &[&[u32]]) -> Result<Vec<f32>> {
         let ClipConfig {
             vocab_size,
             hidden_size: d,
@@ -152,114 +173,133 @@ impl ClipTextModel {
         } = self.config;
         let name = self.names.token_embedding();
         let embedding = self.weights.tensor_of_shape(&name, &[vocab_size, d])?;
-        let row = d * embedding.dtype.size();
-        let mut x = vec![0.0; texts.len() * tokens * d];
-        for (text, x) in texts.iter().zip(x.chunks_exact_mut(tokens * d)) {
-            let fill = *text.last().expect("no text is empty");
-            let ids = text.iter().chain(std::iter::repeat(&fill));
-            for (&id, x) in ids.zip(x.chunks_exact_mut(d)) {
-                let id = id as usize;
-                if id >= vocab_size {
-                    return Err(Error::argument(
-                        "token id",
-                        format!("below {vocab_size}, the size of the vocabulary"),
-                        id.to_string(),
-                    ));
-                }
-                widen(embedding.dtype, &embedding.bytes[id * row..][..row], x);
-            }
-        }
-        if !x.iter().all(|x| x.is_finite()) {
-            return Err(self
-                .weights
-                .error(&name, "finite values", "NaN or infinity"));
-        }
         let positions = self.names.position_embedding();
         let positions = self.weights.small_tensor(&positions, &[max_positions, d])?;
-        let positions = Tensor::from_slice(&positions[..tokens * d], (tokens, d), &Device::Cpu)?;
-        let x = Tensor::from_vec(x, (texts.len(), tokens, d), &Device::Cpu)?;
-        Ok(x.broadcast_add(&positions)?)
-    }
-
-    /// Runs transformer blocks on hidden states \[B, T, d\].
-    fn blocks(
-        &self,
-        mut x: Tensor,
-        blocks: std::ops::Range<usize>,
-        progress: &mut dyn FnMut(),
-    ) -> Result<Tensor> {
-        let mask = causal_mask(x.dim(1)?)?;
-        for block in blocks {
-            let normed = self.norm(&self.names.norm1(block), &x)?;
-            x = (x + self.self_attention(block, &normed, &mask)?)?;
-            let normed = self.norm(&self.names.norm2(block), &x)?;
-            x = (x + self.mlp(block, &normed)?)?;
-            progress();
+        let row = d * embedding.dtype.size();
+        let mut x = vec![0.0; texts.iter().map(|ids| ids.len() * d).sum()];
+        let ids = texts
+            .iter()
+            .flat_map(|ids| ids.iter().zip(positions.chunks_exact(d)));
+        for ((&id, position), x) in ids.zip(x.chunks_exact_mut(d)) {
+            let id = id as usize;
+            if id >= vocab_size {
+                return Err(Error::argument(
+                    "token id",
+                    format!("below {vocab_size}, the size of the vocabulary"),
+                    id.to_string(),
+                ));
+            }
+            widen(embedding.dtype, &embedding.bytes[id * row..][..row], x);
+            if !x.iter().all(|x| x.is_finite()) {
+                return Err(self
+                    .weights
+                    .error(&name, "finite values", "NaN or infinity"));
+            }
+            add(x, position);
         }
         Ok(x)
     }
 
-    fn self_attention(&self, block: usize, x: &Tensor, mask: &Tensor) -> Result<Tensor> {
-        let (rows, tokens, d) = x.dims3()?;
-        let heads = self.config.num_attention_heads;
-        let width = d / heads;
-        let mut projected = Vec::new();
-        for which in 0..3 {
-            let y = match self.names.projection(block, which) {
-                Some(name) => self.linear(&name, x, d)?,
-                None => self.in_projection(block, which, x)?,
-            };
-            let y = y.reshape((rows, tokens, heads, width))?.transpose(1, 2)?;
-            projected.push(y.contiguous()?);
+    /// Runs transformer blocks on the hidden states of texts.
+    fn blocks(
+        &self,
+        x: &mut [f32],
+        texts: &[&[u32]],
+        blocks: std::ops::Range<usize>,
+        progress: &mut dyn FnMut(),
+    ) -> Result<()> {
+        for block in blocks {
+            let normed = self.norm(&self.names.norm1(block), x)?;
+            add(x, &self.self_attention(block, &normed, texts)?);
+            let normed = self.norm(&self.names.norm2(block), x)?;
+            add(x, &self.mlp(block, &normed)?);
+            progress();
         }
-        let [query, key, value] = projected.try_into().expect("three projections");
-        let query = (query * (width as f64).powf(-0.5))?;
-        let scores = query.matmul(&key.t()?)?.broadcast_add(mask)?;
-        let x = softmax_last_dim(&scores)?.matmul(&value)?;
-        let x = x.transpose(1, 2)?.reshape((rows, tokens, d))?;
-        self.linear(&self.names.out_projection(block), &x, d)
+        Ok(())
     }
 
-    fn mlp(&self, block: usize, x: &Tensor) -> Result<Tensor> {
+    fn self_attention(&self, block: usize, x: &[f32], texts: &[&[u32]]) -> Result<Vec<f32>> {
+        let d = self.config.hidden_size;
+        let project = |which| match self.names.projection(block, which) {
+            Some(name) => self.linear(&name, x, d, d),
+            None => self.in_projection(block, which, x),
+        };
+        let (query, key, value) = (project(0)?, project(1)?, project(2)?);
+        let mut mixed = vec![0.0; x.len()];
+        let mut parts = Vec::new();
+        let (mut rest, mut start) = (mixed.as_mut_slice(), 0);
+        for ids in texts {
+            let (part, others) = rest.split_at_mut(ids.len() * d);
+            parts.push((start..start + part.len(), part));
+            start += ids.len() * d;
+            rest = others;
+        }
+        let heads = self.config.num_attention_heads;
+        parts.into_par_iter().for_each(|(at, mixed)| {
+            attend(
+                [&query, &key, &value].map(|x| &x[at.clone()]),
+                mixed,
+                d,
+                heads,
+            );
+        });
+        self.linear(&self.names.out_projection(block), &mixed, d, d)
+    }
+
+    fn mlp(&self, block: usize, x: &[f32]) -> Result<Vec<f32>> {
         let ClipConfig {
-            hidden_size,
-            intermediate_size,
+            hidden_size: d,
+            intermediate_size: width,
+            activation,
             ..
         } = self.config;
-        let x = self.linear(&self.names.fc1(block), x, intermediate_size)?;
-        let x = match self.config.activation {
-            Activation::QuickGelu => (&x * sigmoid(&(&x * 1.702)?)?)?,
-            Activation::Gelu => x.gelu_erf()?,
-        };
-        self.linear(&self.names.fc2(block), &x, hidden_size)
+        let mut hidden = self.linear(&self.names.fc1(block), x, d, width)?;
+        hidden
+            .par_chunks_mut(width)
+            .for_each(|row| match activation {
+                Activation::QuickGelu => {
+                    row.iter_mut().for_each(|x| *x /= 1.0 + (-1.702 * *x).exp());
+                }
+                Activation::Gelu => {
+                    let phi = |x: f32| 0.5 * (1.0 + erf_f32(x * std::f32::consts::FRAC_1_SQRT_2));
+                    row.iter_mut().for_each(|x| *x *= phi(*x));
+                }
+            });
+        self.linear(&self.names.fc2(block), &hidden, width, d)
     }
 
-    fn final_norm(&self, x: &Tensor) -> Result<Tensor> {
+    fn final_norm(&self, x: &[f32]) -> Result<Vec<f32>> {
         self.norm(&self.names.final_norm(), x)
     }
 
-    fn norm(&self, name: &str, x: &Tensor) -> Result<Tensor> {
+    fn norm(&self, name: &str, x: &[f32]) -> Result<Vec<f32>> {
         let d = self.config.hidden_size;
-        let read = |part: &str| -> Result<Tensor> {
-            let values = self.weights.small_tensor(&format!("{name}.{part}"), &[d])?;
-            Ok(Tensor::from_vec(values, d, &Device::Cpu)?)
-        };
-        let norm = LayerNorm::new(read("weight")?, read("bias")?, self.config.layer_norm_eps);
-        Ok(norm.forward(x)?)
+        let weight = self.weights.small_tensor(&format!("{name}.weight"), &[d])?;
+        let bias = self.weights.small_tensor(&format!("{name}.bias"), &[d])?;
+        let mean_of = |x: &mut dyn Iterator<Item = f64>| x.sum::<f64>() / d as f64;
+        let mut out = x.to_vec();
+        out.par_chunks_mut(d).for_each(|row| {
+            let mean = mean_of(&mut row.iter().map(|&x| f64::from(x)));
+            let variance = mean_of(&mut row.iter().map(|&x| (f64::from(x) - mean).powi(2)));
+            let scale = (variance + self.config.layer_norm_eps).sqrt().recip();
+            let (mean, scale) = (mean as f32, scale as f32);
+            for ((x, weight), bias) in row.iter_mut().zip(&weight).zip(&bias) {
+                *x = (*x - mean) * scale * weight + bias;
+            }
+        });
+        Ok(out)
     }
 
-    /// x·Wᵀ + b, for W \[`out`, width of x\].
-    fn linear(&self, name: &str, x: &Tensor, out: usize) -> Result<Tensor> {
+    /// rows·Wᵀ + b, for rows of `width` values and W \[`out`, `width`\].
+    fn linear(&self, name: &str, rows: &[f32], width: usize, out: usize) -> Result<Vec<f32>> {
         let weight = format!("{name}.weight");
-        let view = self
-            .weights
-            .tensor_of_shape(&weight, &[out, x.dim(D::Minus1)?])?;
+        let view = self.weights.tensor_of_shape(&weight, &[out, width])?;
         let bias = self.weights.small_tensor(&format!("{name}.bias"), &[out])?;
-        self.affine(&weight, x, view, bias)
+        self.affine(&weight, rows, view, &bias)
     }
 
     /// The query, key or value third of OpenCLIP's one tensor.
-    fn in_projection(&self, block: usize, which: usize, x: &Tensor) -> Result<Tensor> {
+    fn in_projection(&self, block: usize, which: usize, rows: &[f32]) -> Result<Vec<f32>> {
         let d = self.config.hidden_size;
         let name = self.names.in_projection(block);
         let weight = format!("{name}weight");
@@ -273,66 +313,94 @@ impl ClipTextModel {
             bytes: &all.bytes[which * third..][..third],
             ..all
         };
-        self.affine(&weight, x, view, bias[which * d..][..d].to_vec())
+        self.affine(&weight, rows, view, &bias[which * d..][..d])
     }
 
-    fn affine(&self, name: &str, x: &Tensor, weight: View<'_>, bias: Vec<f32>) -> Result<Tensor> {
-        let mut shape = x.dims().to_vec();
-        let rows: Vec<f32> = x.flatten_all()?.to_vec1()?;
-        let mut out = times_transposed_in_parallel(&rows, weight)
-            .map_err(|found| self.weights.error(name, "finite values", found))?;
-        for row in out.chunks_exact_mut(bias.len()) {
-            row.iter_mut().zip(&bias).for_each(|(x, b)| *x += b);
-        }
-        *shape.last_mut().expect("hidden states have dimensions") = bias.len();
-        Ok(Tensor::from_vec(out, shape, &Device::Cpu)?)
+    fn affine(&self, name: &str, rows: &[f32], weight: View<'_>, bias: &[f32]) -> Result<Vec<f32>> {
+        times_transposed_in_parallel(rows, weight, bias)
+            .map_err(|found| self.weights.error(name, "finite values", found))
     }
 
     /// `pooled` \[B, d\] times the text projection, if the file has one.
-    fn project(&self, pooled: &Tensor) -> Result<Option<Tensor>> {
+    fn project(&self, pooled: &[f32]) -> Result<Option<Vec<f32>>> {
         let name = self.names.text_projection();
         if !self.weights.has_tensor(name) {
             return Ok(None);
         }
-        let shape = self.weights.tensor(name)?.shape.to_vec();
+        let shape = self.weights.tensor(name)?.shape;
         let d = self.config.hidden_size;
-        let &[rows, columns] = shape.as_slice() else {
+        let &[rows, columns] = shape else {
             let found = format!("shape {shape:?}");
             return Err(self.weights.error(name, "two dimensions", found));
         };
         let transposed = matches!(self.names, Names::Transformers { .. });
-        if d != if transposed { columns } else { rows } {
+        if d != if transposed { columns } else { rows } || shape.contains(&0) {
             let found = format!("shape {shape:?}");
             return Err(self.weights.error(name, format!("width {d}"), found));
         }
-        let weight = self.weights.small_tensor(name, &shape)?;
-        let weight = Tensor::from_vec(weight, (rows, columns), &Device::Cpu)?;
-        let weight = if transposed { weight.t()? } else { weight };
-        Ok(Some(pooled.matmul(&weight)?))
+        let weight = self.weights.small_tensor(name, shape)?;
+        let project = |x: &[f32]| -> Vec<f32> {
+            if transposed {
+                return weight.chunks_exact(d).map(|row| dot(x, row)).collect();
+            }
+            let mut out = vec![0.0; columns];
+            for (&x, row) in x.iter().zip(weight.chunks_exact(columns)) {
+                add_times(&mut out, x, row);
+            }
+            out
+        };
+        Ok(Some(pooled.chunks_exact(d).flat_map(project).collect()))
     }
 }
 
-/// Hidden states \[B, T, d\] at the first end of text of every row, \[B, d\].
-fn at_ends(x: &Tensor, texts: &[Vec<u32>]) -> Result<Tensor> {
-    let rows: Vec<Tensor> = texts
-        .iter()
-        .enumerate()
-        .map(|(row, ids)| {
-            let end = ids.last().expect("no text is empty");
-            let first = ids
-                .iter()
-                .position(|id| id == end)
-                .expect("it is among them");
-            Ok(x.get(row)?.get(first)?)
-        })
-        .collect::<Result<_>>()?;
-    Ok(Tensor::stack(&rows, 0)?)
+/// Where the text ends, by its last token, for the first time.
+fn first_end(ids: &[u32]) -> usize {
+    let last = ids.len() - 1;
+    ids.iter().position(|id| *id == ids[last]).unwrap_or(last)
 }
 
-/// \[T, T\]: −∞ where a token would see a later one.
-fn causal_mask(tokens: usize) -> Result<Tensor> {
-    let rows = (0..tokens)
-        .flat_map(|i| (0..tokens).map(move |j| if j > i { f32::NEG_INFINITY } else { 0.0 }));
-    let mask = Tensor::from_iter(rows, &Device::Cpu)?;
-    Ok(mask.reshape((tokens, tokens))?.to_dtype(DType::F32)?)
+/// softmax(Q·Kᵀ/√w)·V of one text \[T, d\], whose heads are side by side and w wide. It is causal: no
+/// token sees a later one.
+fn attend([query, key, value]: [&[f32]; 3], out: &mut [f32], d: usize, heads: usize) {
+    let width = d / heads;
+    let scale = (width as f32).sqrt().recip();
+    let mut scores = vec![0.0; out.len() / d];
+    let rows = query.chunks_exact(d).zip(out.chunks_exact_mut(d));
+    for (token, (query, out)) in rows.enumerate() {
+        let scores = &mut scores[..=token];
+        for start in (0..d).step_by(width) {
+            let query = &query[start..][..width];
+            for (score, key) in scores.iter_mut().zip(key.chunks_exact(d)) {
+                *score = scale * dot(query, &key[start..][..width]);
+            }
+            let most = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            scores.iter_mut().for_each(|x| *x = (*x - most).exp());
+            let sum: f32 = scores.iter().sum();
+            let out = &mut out[start..][..width];
+            for (score, value) in scores.iter().zip(value.chunks_exact(d)) {
+                add_times(out, score / sum, &value[start..][..width]);
+            }
+        }
+    }
+}
+
+/// Σ a·b, of eight lanes that are added at the end.
+fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+    let mut sums = [0.0; 8];
+    for (a, b) in a.iter().zip(b) {
+        for lane in 0..8 {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest).map(|(a, b)| a * b);
+    sums.iter().copied().chain(rest).sum()
+}
+
+fn add(x: &mut [f32], y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+}
+
+fn add_times(x: &mut [f32], factor: f32, y: &[f32]) {
+    x.iter_mut().zip(y).for_each(|(x, y)| *x += factor * y);
 }
