@@ -28,7 +28,7 @@ fn vmix_build_info() -> *const c_char {
     c_text(concat!(
         "vmix ",
         env!("CARGO_PKG_VERSION"),
-        ", abi 1.0, ",
+        ", abi 1.1, ",
         env!("VMIX_TARGET"),
         ", ",
         env!("VMIX_PROFILE"),
