@@ -18,9 +18,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files
 
 CMAKE = Path(sys.executable).parent / "cmake"
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Wconversion", "-Wshadow", "-Werror"]
+TYPES = (ROOT / "include" / "vmix_types.h").read_text("utf-8")
+ABI = ".".join(re.findall(r"#define VMIX_ABI_(?:MAJOR|MINOR) (\d+)$", TYPES, re.MULTILINE))
 KINDS = {
-    "linux": (["libvmix.so", "libvmix.a"], {"libvmix.a", "libvmix.so.1.0"}),
-    "macos": (["libvmix.dylib", "libvmix.a"], {"libvmix.a", "libvmix.1.0.dylib"}),
+    "linux": (["libvmix.so", "libvmix.a"], {"libvmix.a", f"libvmix.so.{ABI}"}),
+    "macos": (["libvmix.dylib", "libvmix.a"], {"libvmix.a", f"libvmix.{ABI}.dylib"}),
     "windows-msvc": (
         ["vmix.dll", "vmix.dll.lib", "vmix.lib"],
         {"vmix.dll", "vmix.dll.lib", "vmix.lib"},
