@@ -211,6 +211,14 @@ impl Adapter {
         self.0.file.metadata()
     }
 
+    /// Every tensor of the file, as [`Adapter::from_tensors`] takes them.
+    pub fn tensors(&self) -> Result<BTreeMap<String, Tensor>> {
+        let file = &self.0.file;
+        file.tensor_names()
+            .map(|name| Ok((name.to_owned(), file.tensor(name)?.to_tensor())))
+            .collect()
+    }
+
     /// f_t \[N, d\]: the features of a selection, looked up in AesEmb (paper, section 3.3).
     pub fn aes_embed(&self, selection: &Selection) -> Result<Tensor> {
         let Sizes { labels, dim, .. } = self.0.sizes;

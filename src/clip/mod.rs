@@ -83,15 +83,37 @@ impl TextEncoder {
         self.parts.iter().map(|part| &part.tokenizer)
     }
 
-    /// What speaks against the negatives of labels as rare identifiers, a sentence each: they are to say
-    /// nothing (paper, section 3.2).
+    /// What speaks against the texts of labels that are to be trained, a sentence each: negatives are to
+    /// say nothing (paper, section 3.2), and every label needs features of its own.
     pub fn warnings(&self, labels: &Labels) -> Result<Vec<String>> {
         let tokenizer = &self.parts[0].tokenizer;
         let mut warnings = Vec::new();
-        for Label { name, negative, .. } in labels.iter() {
+        for (i, label) in labels.iter().enumerate() {
+            let Label {
+                name,
+                positive,
+                negative,
+                ..
+            } = label;
             if let Some(why) = tokenizer.why_not_rare(negative)? {
                 warnings.push(format!(
                     "label `{name}`: the negative `{negative}` is no rare identifier: {why}"
+                ));
+            }
+            if positive == negative {
+                warnings.push(format!("label `{name}`: both its texts are `{positive}`"));
+            }
+            let others = || labels[..i].iter();
+            if let Some(other) = others().find(|other| other.positive == *positive) {
+                warnings.push(format!(
+                    "label `{name}`: its text `{positive}` is that of `{}`",
+                    other.name
+                ));
+            }
+            if let Some(other) = others().find(|other| other.negative == *negative) {
+                warnings.push(format!(
+                    "label `{name}`: its negative `{negative}` is that of `{}`",
+                    other.name
                 ));
             }
         }

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vmix.train.data import read_labels
+from vmix import read_label_list
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo"
 sys.path[:0] = [str(DEMO), str(DEMO / "base")]
@@ -24,7 +24,7 @@ report: Any = import_module("report")
 def test_labels_are_the_ones_that_are_drawn() -> None:
     from transforms import LABELS
 
-    labels = read_labels(DEMO / "labels.toml")
+    labels = read_label_list(DEMO / "labels.toml")
     assert [label.name for label in labels] == list(LABELS)
     assert len({label.dimension for label in labels}) == len(labels)
 
@@ -134,7 +134,8 @@ def test_report_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report.main()
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert found["identical"] == {"scale 0": True, "after unloading": True}
-    assert list(found["labels"]) == [label.name for label in read_labels(DEMO / "labels.toml")]
+    labels = read_label_list(DEMO / "labels.toml")
+    assert list(found["labels"]) == [label.name for label in labels]
     assert "bit for bit: yes" in (tmp_path / "README.md").read_text(encoding="utf-8")
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"grid.png", "labels.png", "strength.png", "attention.png"}

@@ -107,6 +107,12 @@ impl Adapter {
         self.0.metadata().clone()
     }
 
+    fn tensors(&self, py: Python<'_>) -> PyResult<BTreeMap<String, Tensor>> {
+        let tensors = py.detach(|| self.0.tensors()).map_err(to_py)?;
+        let shared = |(name, tensor)| (name, Tensor(Arc::new(tensor)));
+        Ok(tensors.into_iter().map(shared).collect())
+    }
+
     #[pyo3(signature = (selection=None))]
     fn weights<'py>(
         &self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ class Base:
         diffusers: Any = import_module("diffusers")
         try:
             name = diffusers.DiffusionPipeline.load_config(path)["_class_name"]
+            if not Path(path).is_dir():  # a repository of the hub
+                path = diffusers.DiffusionPipeline.download(path)
         except OSError as error:
             raise TrainingError(f"{path}: {error}") from error
+        self.folder = path
         if name not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
             raise TrainingError(
                 f"{path} is a {name}; expected StableDiffusionPipeline or StableDiffusionXLPipeline"
@@ -59,17 +63,6 @@ class Base:
             keep = torch.tensor([caption != "" for caption in captions], device=self.device)
             context, pooled = context * keep[:, None, None], pooled * keep[:, None]
         return context, pooled
-
-    @torch.no_grad()
-    def feature(self, texts: list[str]) -> Tensor:
-        """The context's own feature at the first end-of-text position [B, d] ("context_eot")."""
-        tokenizer = self.pipe.tokenizer
-        context = self.text(texts)[0]
-        ids = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length
-        ).input_ids
-        ends = [row.index(tokenizer.eos_token_id) for row in ids]
-        return context[torch.arange(len(texts)), ends].float()
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:

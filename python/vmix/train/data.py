@@ -3,55 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 
 class TrainingError(Exception):
     """What the user has to put right before training can start; the message lists it."""
-
-
-@dataclass(frozen=True)
-class LabelSpec:
-    """One aesthetic label, as `labels.toml` gives it."""
-
-    name: str
-    dimension: str
-    positive: str
-    negative: str
-    default: float = 1.0
-    display_names: Mapping[str, str] = field(default_factory=dict)
-
-    def problems(self) -> Iterator[str]:
-        for key in ("name", "dimension", "positive", "negative"):
-            value = getattr(self, key)
-            if not isinstance(value, str) or (key != "dimension" and not value):
-                yield f"{key}: expected a text, found {value!r}"
-        if self.name in ("all", "none"):
-            yield f"name: '{self.name}' is how all or no labels are selected"
-        number = isinstance(self.default, (int, float)) and not isinstance(self.default, bool)
-        if not number or not math.isfinite(self.default):
-            yield f"default: expected a finite number, found {self.default!r}"
-        if not isinstance(self.display_names, Mapping):
-            yield f"display_names: expected a table of texts, found {self.display_names!r}"
-
-    def as_metadata(self) -> dict[str, Any]:
-        # Nothing is neutral under a learned projection: weight 0 is the paper's negative.
-        return {**self.__dict__, "display_names": dict(self.display_names), "neutral": None}
 
 
 @dataclass(frozen=True)
@@ -70,40 +33,11 @@ def complain(title: str, problems: Sequence[str], limit: int = 20) -> None:
         raise TrainingError("\n  ".join([f"{title}:", *problems[:limit], *more]))
 
 
-def read_labels(path: Path) -> list[LabelSpec]:
-    """The `[[label]]` tables of a labels file, in order."""
-    try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8")).get("label", [])
-    except (OSError, tomllib.TOMLDecodeError) as error:
-        raise TrainingError(f"{path}: {error}") from error
-    if not isinstance(tables, list):
-        raise TrainingError(f"{path}: [label] must be [[label]], once for every label")
-    labels: list[LabelSpec] = []
-    problems: list[str] = []
-    for number, table in enumerate(tables, 1):
-        try:
-            labels.append(LabelSpec(**table))
-        except TypeError as error:  # names the missing or unknown key
-            problems.append(f"label {number}: {str(error).replace('LabelSpec.__init__() ', '')}")
-            continue
-        problems += [f"label {number}: {problem}" for problem in labels[-1].problems()]
-    for key in ("name", "positive", "negative"):
-        seen = [str(getattr(label, key)) for label in labels]
-        problems += [
-            f"{key} '{v}' is used twice" for v in sorted({v for v in seen if seen.count(v) > 1})
-        ]
-    if not tables:
-        problems.append("no [[label]] table")
-    complain(str(path), problems)
-    return labels
-
-
-def read_examples(folder: Path, labels: Sequence[LabelSpec]) -> list[Example]:
+def read_examples(folder: Path, labels: Sequence[str]) -> list[Example]:
     """The entries of `metadata.jsonl`. A label that an entry leaves out counts as negative."""
     listing = folder / "metadata.jsonl"
     if not listing.is_file():
         raise TrainingError(f"{listing} does not exist; docs/training.md describes the format")
-    names = [label.name for label in labels]
     examples, problems = [], []
     # Not splitlines(): JSON strings may hold other characters that it takes for line ends.
     for number, line in enumerate(listing.read_text(encoding="utf-8").split("\n"), 1):
@@ -130,14 +64,14 @@ def read_examples(folder: Path, labels: Sequence[LabelSpec]) -> list[Example]:
             problems.append(f"line {number}: not an image: {entry['file_name']}")
         if labels and not aesthetics:
             problems.append(f"line {number}: {entry['file_name']} has no aesthetics")
-        unknown = sorted(set(aesthetics) - set(names)) if labels else []
+        unknown = sorted(set(aesthetics) - set(labels)) if labels else []
         problems += [f"line {number}: unknown label '{name}'" for name in unknown]
-        weights = [aesthetics.get(name, 0) for name in names]
+        weights = [aesthetics.get(name, 0) for name in labels]
         if not all(isinstance(w, (int, float)) and 0 <= w <= 1 for w in weights):
             problems.append(f"line {number}: a label is neither 0, 1 nor between them")
             continue
         examples.append(Example(image, caption, tuple(float(w) for w in weights)))
-    for index, name in enumerate(names):
+    for index, name in enumerate(labels):
         if examples and len({example.weights[index] for example in examples}) == 1:
             problems.append(f"label '{name}' is the same in every image, nothing to learn from")
     if not examples:

@@ -3,78 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vmix import ldm_name, unet_layers
+from vmix import Adapter
 from vmix.train.base import Base
-from vmix.train.data import LabelSpec
 from vmix.train.model import ValueBranch
 
-ARCHITECTURES = {
-    "sd15": "stable-diffusion-v1/vmix",
-    "sdxl": "stable-diffusion-xl-v1-base/vmix",
-    "other": "unet/vmix",
-}
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 
-def base_kind(layers: Mapping[str, int], dim: int) -> str:
-    """What the file calls its base; layers are `attn2` paths and their value widths."""
-    known = {
-        "sd15": (768, unet_layers("sd15")),
-        "sdxl": (2048, unet_layers("sdxl")),
-    }
-    for kind, (context_dim, own) in known.items():
-        if dim == context_dim and dict(layers) == {layer.name: layer.inner_dim for layer in own}:
-            return kind
-    return "other"
-
-
-def adapter_file(
+def trained_adapter(
     branch: ValueBranch,
-    aes_emb: Tensor,
-    labels: Sequence[LabelSpec],
-    layers_per_block: int,
+    dtype: torch.dtype,
     apply_to: str,
     trained: Mapping[str, Any],
-    modelspec: Mapping[str, str],
-    dtype: torch.dtype,
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of the adapter file, as docs/format.md lays it out."""
-    tensors = {"aes_emb": aes_emb.float().cpu(), **branch.tensors()}
-    tokens, dim = branch.linear.out_features, aes_emb.shape[2]
-    own = zip(branch.names, branch.to_v_aes, strict=True)
-    layers = {name: len(to_v.get_parameter("weight")) for name, to_v in own}
-    kind = base_kind(layers, dim)
+    modelspec: Mapping[str, str | None],
+) -> Adapter:
+    """What training made of an adapter so far, checked by the library that will read it."""
     metadata = {
-        "vmix.format": "1",
-        "vmix.kind": "adapter",
-        "vmix.base": kind,
-        "vmix.labels": json.dumps([label.as_metadata() for label in labels], ensure_ascii=False),
-        "vmix.context_tokens": str(tokens),
-        "vmix.context_dim": str(dim),
-        "vmix.feature": "context_eot",
-        "vmix.norm_eps": str(branch.norm.eps),
-        "vmix.projection": "learned",
-        "vmix.value_weights": "own",
+        **branch.metadata,
         "vmix.apply_to": apply_to,
         "vmix.trained": json.dumps(trained),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": ARCHITECTURES[kind],
-        "modelspec.implementation": "diffusers",
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         **{f"modelspec.{key}": value for key, value in modelspec.items() if value},
     }
-    if kind == "other":
-        names = {name: ldm_name(name, layers_per_block) for name in branch.names}
-        metadata["vmix.ldm_names"] = json.dumps(names)
-    return {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, metadata
+    return Adapter.from_tensors(branch.tensors(dtype), metadata)
 
 
 def save_lora(base: Base, folder: Path, dtype: torch.dtype) -> None:

@@ -24,20 +24,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vmix import Adapter, VMixError
+from vmix import Adapter, VMixError, init_adapter, read_label_list
 from vmix.train.base import Base
 from vmix.train.data import (
     Batches,
     Example,
-    LabelSpec,
     Pixels,
     TrainingError,
     complain,
     generator,
     read_examples,
-    read_labels,
 )
-from vmix.train.export import DTYPES, adapter_file, save_lora
+from vmix.train.export import DTYPES, save_lora, trained_adapter
 from vmix.train.model import Denoiser, ValueBranch, add_lora
 
 UNCONDITIONAL = ("cond", "both", "contrast")
@@ -205,8 +203,8 @@ class Indices(torch.utils.data.Dataset[tuple[int, Tensor]]):
 def train(args: argparse.Namespace) -> None:
     """Run the training that the arguments describe and write its files."""
     check_args(args)
-    labels = read_labels(args.labels) if args.train_vmix else []
-    examples = read_examples(args.train_data_dir, labels)
+    labels = read_label_list(args.labels) if args.train_vmix else []
+    examples = read_examples(args.train_data_dir, [label.name for label in labels])
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise TrainingError(f"--output_dir {args.output_dir} is not a folder")
     accelerator = Accelerator(
@@ -226,14 +224,10 @@ def train(args: argparse.Namespace) -> None:
     rate = args.learning_rate or (1e-5 if base.xl else 1e-4)
     bar = partial(tqdm, disable=not accelerator.is_local_main_process, leave=False)
 
-    # AesEmb, once (eq. 4): [N, 2, d], positive text and rare identifier of every label.
-    branch, aes_emb = None, torch.zeros(0, 2, 1)
+    branch = None
     if args.train_vmix:
-        pairs = [text for label in labels for text in (label.positive, label.negative)]
-        features = base.feature(pairs)
-        aes_emb = features.reshape(len(labels), 2, -1)
-        _, tokens, dim = base.text([""])[0].shape
-        branch = ValueBranch(base.unet, len(labels), tokens, dim).to(accelerator.device)
+        untrained = init_adapter(base.folder, args.labels, dtype="float32", seed=args.seed)
+        branch = ValueBranch(untrained).to(accelerator.device)
     if args.rank:
         add_lora(base.unet, args.rank)
     if args.gradient_checkpointing:
@@ -265,7 +259,7 @@ def train(args: argparse.Namespace) -> None:
     keep_only_trained(accelerator, denoiser)
     done = resume(accelerator, args)
 
-    inputs = Inputs(base, examples, resolution, aes_emb)
+    inputs = Inputs(base, examples, resolution, branch.aes_emb if branch else torch.zeros(0, 2, 1))
     pixels = Pixels(examples, resolution)
     if args.cache_latents:
         inputs.keep(pixels, bar)
@@ -273,7 +267,7 @@ def train(args: argparse.Namespace) -> None:
     world, rank = accelerator.num_processes, accelerator.process_index
     batch_size = args.train_batch_size * accumulation * world
     if branch is not None:  # what the file's writer refuses, it refuses now and not after days
-        make_adapter(args, base, branch, inputs, labels, rate, batch_size)
+        make_adapter(args, base, branch, inputs, rate, batch_size)
     loader = torch.utils.data.DataLoader(
         Indices() if args.cache_latents else pixels,
         batch_sampler=Batches(
@@ -319,7 +313,7 @@ def train(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         if branch is not None:
-            adapter = make_adapter(args, base, branch, inputs, labels, rate, batch_size)
+            adapter = make_adapter(args, base, branch, inputs, rate, batch_size)
             adapter.save(args.output_dir / f"{args.name}.safetensors")
         if args.rank:
             save_lora(base, args.output_dir, DTYPES[args.dtype])
@@ -331,11 +325,10 @@ def make_adapter(
     base: Base,
     branch: ValueBranch,
     inputs: Inputs,
-    labels: Sequence[LabelSpec],
     rate: float,
     batch_size: int,
 ) -> Adapter:
-    """The adapter as it is now, made and checked by the library that will read it."""
+    """The adapter as it is now."""
     trained = {
         "objective": "denoising",
         "prediction_type": base.scheduler.config.prediction_type,
@@ -350,14 +343,7 @@ def make_adapter(
     }
     spec = {key: getattr(args, key) for key in ("title", "author", "license", "description")}
     spec["title"] = spec["title"] or args.name
-    per_block = base.unet.config.layers_per_block
-    tensors, metadata = adapter_file(
-        branch, inputs.aes_emb, labels, per_block, args.apply_to, trained, spec, DTYPES[args.dtype]
-    )
-    try:
-        return Adapter.from_tensors(tensors, metadata)
-    except VMixError as error:
-        raise TrainingError(f"this adapter cannot be written: {error}") from error
+    return trained_adapter(branch, DTYPES[args.dtype], args.apply_to, trained, spec)
 
 
 def keep_only_trained(accelerator: Accelerator, denoiser: Denoiser) -> None:
@@ -423,7 +409,7 @@ def step_of(checkpoint: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     try:
         train(parse_args(argv))
-    except TrainingError as error:
+    except (TrainingError, VMixError) as error:
         raise SystemExit(f"vmix.train: {error}") from None
 
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.dlpack import from_dlpack
+
+from vmix import Adapter
 
 LORA_LAYERS = (
     # linear
@@ -17,29 +21,28 @@ LORA_LAYERS = (
 """Linear and convolution layers of the U-Net that a LoRA is added to (paper, section 3.4)."""
 
 
-def cross_attention(unet: nn.Module) -> dict[str, Any]:
-    """The `attn2` modules of a U-Net by their diffusers path."""
-    return {name: module for name, module in unet.named_modules() if name.endswith(".attn2")}
-
-
 class ValueBranch(nn.Module):
-    """Projection of AesEmb (eq. 6) and the value matrix of every layer (eq. 7)."""
+    """Projection of AesEmb (eq. 6) and the value matrix of every layer (eq. 7), from an adapter."""
 
-    def __init__(self, unet: nn.Module, labels: int, tokens: int, dim: int) -> None:
+    aes_emb: Tensor
+    """[N, 2, d]: positive and negative feature of every label (eq. 4). Not trained."""
+
+    def __init__(self, adapter: Adapter) -> None:
         super().__init__()
-        attention = cross_attention(unet)
-        self.names = list(attention)
-        self.linear = nn.Linear(labels, tokens, bias=False)  # over the token axis, N to C
-        self.norm = nn.LayerNorm(dim)
+        labels, dim = len(adapter.labels), adapter.context_dim
+        self.metadata = adapter.metadata
+        self.names = [layer.name for layer in adapter.layers]
+        self.register_buffer("aes_emb", torch.empty(labels, 2, dim))
+        self.linear = nn.Linear(labels, adapter.context_tokens, bias=False)  # over the token axis
+        self.norm = nn.LayerNorm(dim, eps=float(adapter.metadata["vmix.norm_eps"]))
         self.zero = nn.Linear(dim, dim)
-        nn.init.zeros_(self.zero.weight)
-        nn.init.zeros_(self.zero.bias)
-        self.to_v_aes = nn.ModuleList()
-        for module in attention.values():
-            weight = module.to_v.weight.detach()
-            to_v = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-            to_v.weight = nn.Parameter(weight.float().clone())  # starts as the layer's own W_V
-            self.to_v_aes.append(to_v)
+        self.to_v_aes = nn.ModuleList(
+            nn.Linear(dim, layer.inner_dim, bias=False) for layer in adapter.layers
+        )
+        given = adapter.tensors()
+        with torch.no_grad():
+            for name, tensor in self._named().items():
+                tensor.copy_(from_dlpack(given[name]))
 
     def forward(self, labels: Tensor) -> list[Tensor]:
         """V_a [B, C, inner_dim] of every layer for label features f_t [B, N, d]."""
@@ -47,9 +50,14 @@ class ValueBranch(nn.Module):
         f_a = self.zero(self.norm(spread))
         return [to_v(f_a) for to_v in self.to_v_aes]
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The trained tensors under the names of docs/format.md."""
+    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """A copy of the tensors as they are now, under the names of docs/format.md."""
+        named = self._named().items()
+        return {name: t.detach().to("cpu", dtype, copy=True) for name, t in named}
+
+    def _named(self) -> dict[str, Tensor]:
         named = {
+            "aes_emb": self.aes_emb,
             "projection.linear.weight": self.linear.weight,
             "projection.norm.weight": self.norm.weight,
             "projection.norm.bias": self.norm.bias,
@@ -58,7 +66,7 @@ class ValueBranch(nn.Module):
         }
         for name, to_v in zip(self.names, self.to_v_aes, strict=True):
             named[f"{name}.to_v_aes.weight"] = to_v.get_parameter("weight")
-        return {name: tensor.detach().float().cpu() for name, tensor in named.items()}
+        return named
 
 
 class Denoiser(nn.Module):
