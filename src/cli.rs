@@ -18,8 +18,11 @@ use serde_json::{Value, json};
 
 use crate::{
     Adapter, ApplyTo, Base, Checkpoint, DType, InitOptions, LabelKey, Labels, Layers, Opened,
-    ProjectionKind, Selection, Start, ValueWeights, Values, init_adapter, open,
+    ProjectionKind, Selection, Start, ValueWeights, Values, error::presentable, init_adapter, open,
 };
+
+/// Characters of a file's own words in a table; they do not speak to the terminal.
+const LONGEST: usize = 2000;
 
 type Result<T> = std::result::Result<T, Box<dyn StdError>>;
 
@@ -209,25 +212,32 @@ pub fn status(arguments: impl IntoIterator<Item = OsString>) -> u8 {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
         Err(error) => {
-            let _ = error.print();
-            return if error.use_stderr() { 2 } else { 0 };
+            let printed = error.print();
+            return match error.use_stderr() {
+                true => 2,
+                false => reported(said(printed)),
+            };
         }
     };
-    let done = match cli.command {
+    // Temporary files go when the process is stopped. Where something else handles signals, it does.
+    let _ = ctrlc::try_set_handler(|| {
+        crate::file::unfinished::remove();
+        std::process::exit(130); // what shells say of programs that Ctrl-C ended
+    });
+    reported(match cli.command {
         Command::Init(arguments) => init(&arguments),
         Command::Inspect(arguments) => inspect(&arguments),
         Command::Bake(arguments) => bake(&arguments),
         Command::Convert(arguments) => convert(&arguments),
         Command::Validate(arguments) => validate(&arguments),
-    };
+    })
+}
+
+/// The exit status; what went wrong is said.
+fn reported(done: Result<()>) -> u8 {
     match done {
         Ok(()) => 0,
         Err(error) => {
-            // Who closed standard output has read enough, as `head` has.
-            let io_error = error.downcast_ref::<io::Error>();
-            if io_error.is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe) {
-                return 0;
-            }
             let _ = writeln!(io::stderr(), "error: {error}");
             1
         }
@@ -306,7 +316,7 @@ fn selection(given: &[String], labels: &Labels) -> Result<Selection> {
         [one] if one == "none" => return Ok(Selection::None),
         _ => (),
     }
-    let chosen = given.iter().map(|entry| {
+    let chosen = given.iter().map(|entry| -> Result<(LabelKey, f32)> {
         let is_label = |name: &str| labels.index(&LabelKey::from(name)).is_ok();
         match entry.rsplit_once('=') {
             // Names may have that sign themselves.
@@ -319,7 +329,13 @@ fn selection(given: &[String], labels: &Labels) -> Result<Selection> {
             _ => Ok((LabelKey::from(entry.as_str()), 1.0)),
         }
     });
-    Ok(Selection::Weights(chosen.collect::<Result<_>>()?))
+    let chosen: Vec<_> = chosen.collect::<Result<_>>()?;
+    for (i, (label, _)) in chosen.iter().enumerate() {
+        if chosen[..i].iter().any(|(other, _)| other == label) {
+            return Err(format!("--select: {} twice", given[i]).into());
+        }
+    }
+    Ok(Selection::Weights(chosen))
 }
 
 fn convert(arguments: &Convert) -> Result<()> {
@@ -554,8 +570,7 @@ impl Summary {
         let mut table = String::new();
         for (key, value) in rows {
             // What others wrote into a file must not move the cursor.
-            let value = value.replace(char::is_control, " ");
-            writeln!(table, "{key:width$}{value}")?;
+            writeln!(table, "{key:width$}{}", presentable(&value, LONGEST))?;
         }
         write!(table, "\n{}", self.label_table())?;
         Ok(table)
@@ -570,10 +585,7 @@ impl Summary {
         let mut rows =
             vec![["label", "dimension", weights, "positive", "negative"].map(String::from)];
         for label in self.0["labels"].as_array().into_iter().flatten() {
-            let text = |key: &str| {
-                let text = label[key].as_str().unwrap_or("");
-                text.replace(char::is_control, " ")
-            };
+            let text = |key: &str| presentable(label[key].as_str().unwrap_or(""), LONGEST);
             let weight = match &self.0["selection"] {
                 Value::Null => &label["default"],
                 selection => &selection[label["name"].as_str().unwrap_or("")],
@@ -629,8 +641,12 @@ fn bytes(count: u64) -> String {
 impl Out {
     /// Refuses to write where a file is, before any work is done.
     fn check(&self) -> Result<()> {
-        if self.path.exists() && !self.force {
-            let path = self.path.display();
+        let path = self.path.display();
+        if self.path.is_dir() {
+            return Err(format!("{path}: a folder; expected the name of a file to write").into());
+        }
+        // A link that leads nowhere is something, too.
+        if self.path.symlink_metadata().is_ok() && !self.force {
             return Err(format!("{path}: there is a file already; --force replaces it").into());
         }
         let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty());
@@ -677,5 +693,13 @@ fn spinner(what: &'static str) -> ProgressBar {
 }
 
 fn say(line: &str) -> Result<()> {
-    Ok(writeln!(io::stdout().lock(), "{line}")?)
+    said(writeln!(io::stdout().lock(), "{line}"))
+}
+
+/// Who closed standard output has read enough, as `head` has.
+fn said(printed: io::Result<()>) -> Result<()> {
+    match printed {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        printed => Ok(printed.map_err(|error| format!("standard output: {error}"))?),
+    }
 }

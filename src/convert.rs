@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, sync::Arc};
 
 use crate::{
-    Adapter, DType, Error, Result, Tensor, Values,
+    Adapter, DType, Error, Result, Tensor, ValueWeights, Values,
     adapter::VALUE_WEIGHT,
     values::{LayerValues, Origin},
 };
@@ -16,12 +16,20 @@ impl Adapter {
     /// they are: they are small, and every layer goes through them.
     pub fn to_dtype(&self, dtype: DType) -> Result<Self> {
         let file = self.file();
+        if self.value_weights() == ValueWeights::Base {
+            return Err(file.meta_error(
+                "vmix.value_weights",
+                "`own`, weights that can be converted",
+                "`base`",
+            ));
+        }
         let tensors = file
             .tensor_names()
             .map(|name| {
                 let tensor = file.tensor(name)?.to_tensor();
                 let tensor = if name.ends_with(VALUE_WEIGHT) {
-                    rounded(name, tensor, dtype)?
+                    rounded(tensor, dtype)
+                        .map_err(|(expected, found)| file.tensor_error(name, expected, found))?
                 } else {
                     tensor
                 };
@@ -40,7 +48,10 @@ impl Values {
         let tensors = self.layers().iter().zip(self.tensors());
         let tensors = tensors.map(|(layer, values)| {
             let convert = |tensor: &Arc<Tensor>| -> Result<Arc<Tensor>> {
-                Ok(Arc::new(rounded(&layer.name, (**tensor).clone(), dtype)?))
+                let rounded = rounded((**tensor).clone(), dtype);
+                Ok(Arc::new(rounded.map_err(|(expected, found)| {
+                    Error::argument(&layer.name, expected, found)
+                })?))
             };
             Ok(LayerValues {
                 cond: convert(&values.cond)?,
@@ -60,14 +71,15 @@ impl Values {
     }
 }
 
-fn rounded(name: &str, tensor: Tensor, dtype: DType) -> Result<Tensor> {
-    if tensor.dtype() == dtype {
+/// The tensor in that dtype; else what was expected and found.
+fn rounded(tensor: Tensor, dtype: DType) -> std::result::Result<Tensor, (String, &'static str)> {
+    let tensor = match tensor.dtype() == dtype {
+        true => tensor,
+        false => Tensor::rounded(tensor.shape(), tensor.to_f32(), dtype),
+    };
+    if tensor.is_finite() {
         return Ok(tensor);
     }
-    let rounded = Tensor::rounded(tensor.shape(), tensor.to_f32(), dtype);
-    if rounded.is_finite() {
-        return Ok(rounded);
-    }
-    let expected = format!("values that {dtype} can hold");
-    Err(Error::argument(name, expected, "NaN, infinity or more"))
+    let expected = format!("finite values that {dtype} can hold");
+    Err((expected, "NaN, infinity or more"))
 }

@@ -1,13 +1,13 @@
 //! What can go wrong, said so that a user can act on it.
 
-use std::path::PathBuf;
+use std::{fmt::Display, path::PathBuf};
 
 /// Why something was refused: the thing, what was expected and what was found.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     /// A file could not be read or written.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {source}", shown(path.display()))]
     Io {
         /// The file.
         path: PathBuf,
@@ -15,7 +15,12 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The bytes are no safetensors file: a header or an offset lies.
-    #[error("{file}: not a safetensors file: {source}{detail}")]
+    #[error(
+        "{}: not a safetensors file: {}{}",
+        shown(file),
+        shown(source),
+        shown(detail)
+    )]
     Safetensors {
         /// The file, or "bytes".
         file: String,
@@ -25,7 +30,10 @@ pub enum Error {
         source: safetensors::SafeTensorError,
     },
     /// A metadata key is missing or has a value this version does not know.
-    #[error("{file}: metadata `{key}`: expected {expected}, found {found}")]
+    #[error(
+        "{}: metadata `{key}`: expected {expected}, found {found}",
+        shown(file)
+    )]
     Metadata {
         /// The file, or "bytes".
         file: String,
@@ -37,7 +45,10 @@ pub enum Error {
         found: String,
     },
     /// A tensor is missing, superfluous, of a wrong shape or dtype, or not finite.
-    #[error("{file}: tensor `{tensor}`: expected {expected}, found {found}")]
+    #[error(
+        "{}: tensor `{tensor}`: expected {expected}, found {found}",
+        shown(file)
+    )]
     Tensor {
         /// The file, or "bytes".
         file: String,
@@ -50,8 +61,10 @@ pub enum Error {
     },
     /// A selection names a label that the adapter does not have.
     #[error(
-        "unknown label `{name}`{}; known labels: {known}",
-        did_you_mean(nearest)
+        "unknown label `{}`{}; known labels: {}",
+        shown(name),
+        did_you_mean(nearest),
+        shown(known)
     )]
     UnknownLabel {
         /// The name as it was given.
@@ -63,7 +76,8 @@ pub enum Error {
     },
     /// A layer name that the adapter or preset does not have.
     #[error(
-        "unknown layer `{name}`{}; there are {count} layers",
+        "unknown layer `{}`{}; there are {count} layers",
+        shown(name),
         did_you_mean(nearest)
     )]
     UnknownLayer {
@@ -75,7 +89,12 @@ pub enum Error {
         count: usize,
     },
     /// An argument does not fit.
-    #[error("{argument}: expected {expected}, found {found}")]
+    #[error(
+        "{}: expected {}, found {}",
+        shown(argument),
+        shown(expected),
+        shown(found)
+    )]
     Argument {
         /// The argument.
         argument: String,
@@ -85,7 +104,12 @@ pub enum Error {
         found: String,
     },
     /// The request is valid, but this library does not do it.
-    #[error("{argument}: expected {expected}, found {found}")]
+    #[error(
+        "{}: expected {}, found {}",
+        shown(argument),
+        shown(expected),
+        shown(found)
+    )]
     Unsupported {
         /// The argument.
         argument: String,
@@ -122,8 +146,16 @@ impl Error {
 fn did_you_mean(nearest: &Option<String>) -> String {
     nearest
         .as_ref()
-        .map(|name| format!(" (did you mean `{name}`?)"))
+        .map(|name| format!(" (did you mean `{}`?)", shown(name)))
         .unwrap_or_default()
+}
+
+/// Words of a file or of its user as messages show them: in lines, which errors in lists of labels have.
+fn shown(words: impl Display) -> String {
+    const LONGEST: usize = 4096;
+    let words = words.to_string();
+    let lines = words.split('\n').map(|line| presentable(line, LONGEST));
+    lines.collect::<Vec<_>>().join("\n")
 }
 
 /// What a file says, in a message: a bomb is cut to so many characters, and nothing speaks to the

@@ -347,6 +347,53 @@ fn refuse_what_is_no_file(path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Temporary files, for a program that is stopped while it writes.
+pub(crate) mod unfinished {
+    use std::{
+        collections::BTreeSet,
+        io,
+        path::PathBuf,
+        sync::{Mutex, MutexGuard, PoisonError},
+    };
+
+    use tempfile::NamedTempFile;
+
+    static FILES: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+
+    fn files() -> MutexGuard<'static, BTreeSet<PathBuf>> {
+        FILES.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Keeps a file in the list.
+    pub(super) struct Entry(PathBuf);
+
+    impl Drop for Entry {
+        fn drop(&mut self) {
+            files().remove(&self.0);
+        }
+    }
+
+    pub(super) fn create(
+        create: impl FnOnce() -> io::Result<NamedTempFile>,
+    ) -> io::Result<(NamedTempFile, Entry)> {
+        let mut files = files();
+        let file = create()?;
+        files.insert(file.path().to_owned());
+        let entry = Entry(file.path().to_owned());
+        Ok((file, entry))
+    }
+
+    /// Removes them. The process must end now: who begins to write after this waits for ever.
+    #[cfg(feature = "cli")]
+    pub(crate) fn remove() {
+        let files = files();
+        for file in &*files {
+            let _ = std::fs::remove_file(file);
+        }
+        std::mem::forget(files);
+    }
+}
+
 /// Writes a file whole or not at all: a reader, or a crash, never sees half of it. A link stays one:
 /// what it leads to is replaced.
 pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -356,6 +403,7 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
                 refuse_what_is_no_file(&target)?;
                 target
             }
+            Err(error) if path.is_symlink() => return Err(error), // which leads nowhere
             Err(_) => path.to_owned(),
         };
         let folder = match target.parent() {
@@ -370,8 +418,9 @@ pub(crate) fn write_atomically(path: &Path, bytes: &[u8]) -> Result<()> {
         #[cfg(unix)]
         builder.permissions(permissions);
         // By its kind: the message would name the temporary file.
-        let mut file = builder.tempfile_in(folder).map_err(|e| e.kind())?;
-        file.write_all(bytes)?;
+        let (file, _unfinished) =
+            unfinished::create(|| builder.tempfile_in(folder)).map_err(|e| e.kind())?;
+        file.as_file().write_all(bytes)?;
         file.persist(target).map_err(|e| e.error)?;
         Ok(())
     };

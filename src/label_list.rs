@@ -112,6 +112,9 @@ impl Labels {
         let labels = entries
             .into_iter()
             .map(|entry| {
+                if entry.positive.as_deref() == Some("") {
+                    return Err(format!("label `{}` without a positive text", entry.name));
+                }
                 let negative = match entry.negative {
                     Some(negative) => negative,
                     None => negative_for(&entry.name)?,
