@@ -40,7 +40,7 @@ impl TextEncoder {
     }
 
     fn new(parts: Vec<Part>, checkpoint: &Checkpoint) -> Result<Self> {
-        // What the U-Net receives: design and docs/format.md, `context_eot`.
+        // What the U-Net receives: docs/format.md, `context_eot`.
         let hidden = match parts.len() {
             1 => Hidden::Last,
             _ => Hidden::Penultimate,
