@@ -249,8 +249,7 @@ impl Parts<'_> {
     }
 }
 
-/// The gain of every label's difference: strength 1 is then gentle (docs/training-free). Differences
-/// keep their own lengths; with equal ones the same was measured.
+/// The gain of every label's difference: strength 1 is then gentle (docs/training-free).
 const GAIN: f32 = 0.25;
 
 fn f32_tensor(shape: impl Into<Vec<usize>>, values: Vec<f32>) -> Tensor {

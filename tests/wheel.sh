@@ -2,6 +2,7 @@
 # The wheel as a user gets it: built in release, installed into an empty environment, used.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+root=$PWD
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
@@ -23,5 +24,10 @@ except vmix.VMixError as error:
 else:
     raise AssertionError("a file that does not exist was opened")
 assert (pathlib.Path(vmix.__file__).parent / "_native.pyi").exists()
-print(f"wheel of vmix-adapter {vmix.__version__}: 1 passed")
+licences = {path.name for path in pathlib.Path(vmix.__file__).parents[1].rglob("LICENSE-*")}
+assert licences == {"LICENSE-MIT", "LICENSE-APACHE", "LICENSE-CLIP"}, licences
 PYTHON
+venv/bin/vmix init --base "$root/comfy_nodes/demo/model" --label "a red apple" --training-free \
+    --out red.safetensors
+venv/bin/vmix validate red.safetensors
+echo "wheel of $(venv/bin/vmix --version): 1 passed"

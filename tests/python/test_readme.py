@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import vmix
 from PIL import Image
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +26,41 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with Image.open("apple.png") as picture:
         assert picture.size == (64, 64)
     assert Path("vibrant.safetensors").stat().st_size > 1000
+
+
+def test_the_readmes_commands_run(tmp_path: Path) -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    (commands,) = [block for block in blocks if "vmix init" in block]
+    (tmp_path / "comfy_nodes").symlink_to(ROOT / "comfy_nodes")
+    as_installed = f'vmix() {{ "{sys.executable}" -W ignore -m vmix "$@"; }}\n'
+    script = "set -e\n" + as_installed + commands
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-4:] == [
+        "new.safetensors: a valid adapter",
+        "red.safetensors: a valid adapter",
+        "preset.safetensors: a valid preset",
+        "small.safetensors: a valid preset",
+    ]
+
+
+def test_labels_in_the_documentation() -> None:
+    text = (ROOT / "docs" / "labels.md").read_text("utf-8")
+    (python,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(python, "labels.md", "exec"), {})
+    assert said.getvalue() == "".join(re.findall(r"^# (.*\n)", python, re.MULTILINE))
+
+
+def test_the_example_of_a_list_is_read(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "labels.md").read_text("utf-8")
+    (toml,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "labels.toml").write_text(toml, "utf-8")
+    (label,) = vmix.read_label_list(tmp_path / "labels.toml")
+    assert (label.positive, label.negative) == ("soft natural lighting", "sks")
+    assert label.display_names == {"de": "natürliches Licht", "zh": "自然光照"}
 
 
 def test_every_link_leads_somewhere() -> None:
