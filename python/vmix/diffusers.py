@@ -76,8 +76,8 @@ def load_vmix(
             the whole schedule also where img2img begins in its middle; of equal timesteps, which
             PNDM has, the first counts.
 
-    Where the file says that the base's own value weights are used, V_a is computed from them, and
-    from active LoRAs, as they are now: load again after they changed.
+    Where the file says that the base's own value weights are used, V_a goes through each layer's
+    `to_v` in every step, as it then is: with LoRAs, quantised, offloaded.
 
     Pipelines that share the U-Net (`from_pipe`) share its adapters, but only one of them is asked
     whether guidance is on: the one last given here or to `set_vmix_scale`. Call either before
@@ -98,11 +98,14 @@ def load_vmix(
     scales = _scales(scale, attns)
     state: _State = getattr(unet, "_vmix", None) or _State()
     adapter = _Adapter(source.context_tokens, policy, start, end)
-    values = _values(source, selection, policy, attns, state, unet.dtype)
-    mixes = {
-        path: _Mix(path, pair, scales[path], adapter, _linear(attns[path]).weight)
-        for path, pair in values.items()
-    }
+    mixes: dict[str, _Mix] = {}
+    if isinstance(source, Adapter) and source.value_weights == "base":
+        f_a = _aesthetic_context(source, selection, policy)
+        for path, attn in attns.items():
+            mixes[path] = _BaseMix(path, f_a, scales[path], adapter, attn, state)
+    else:
+        for path, pair in _values(source, selection, policy, attns).items():
+            mixes[path] = _Mix(path, pair, scales[path], adapter, _linear(attns[path]).weight)
 
     # Nothing has been changed up to here, nothing can fail from here on.
     state.bind(pipe, unet)
@@ -190,31 +193,75 @@ class _Mix:
         assert cond is not None
         self.cond, self.uncond = cond, uncond
 
-    def __call__(self, value: Tensor, state: _State) -> Tensor:
-        """V_c + λ·V_a (eq. 9) for `value` [B, T, inner_dim], T a multiple of C."""
+    def strengthened(self, _context: Tensor, value: Tensor) -> _Pair:
+        """λ·V_a of the two passes, like `value`."""
+        if self.cond.device != value.device or self.cond.dtype != value.dtype:
+            self._mix(value.device, value.dtype)
+        return self.cond, self.uncond
+
+    def __call__(self, context: Tensor, value: Tensor, state: _State) -> Tensor:
+        """V_c + λ·V_a (eq. 9) for `value` [B, T, inner_dim] of a context, T a multiple of C."""
         tokens = self.adapter.tokens
         if value.shape[1] % tokens:
             raise VMixError(
                 f"{self.path}: the prompt's context has {value.shape[1]} tokens, "
                 f"the adapter needs a multiple of {tokens}"
             )
-        if self.cond.device != value.device or self.cond.dtype != value.dtype:
-            self._mix(value.device, value.dtype)
+        on_cond, on_uncond = self.strengthened(context, value)
         if self.adapter.apply_to == "both":
-            return value + self._tiled(self.cond, value)
+            return value + self._tiled(on_cond, value)
         rows = state.uncond_rows(value.shape[0])
-        cond = value[rows:] + self._tiled(self.cond, value)
+        cond = value[rows:] + self._tiled(on_cond, value)
         if not rows:
             return cond
         uncond = value[:rows]
-        if self.uncond is not None:
-            uncond = uncond + self._tiled(self.uncond, value)
+        if on_uncond is not None:
+            uncond = uncond + self._tiled(on_uncond, value)
         return torch.cat([uncond, cond])
 
     def _tiled(self, aes: Tensor, value: Tensor) -> Tensor:
         if self.adapter.gate is not None:
             aes = aes * self.adapter.gate.to(aes)
         return aes.repeat(value.shape[1] // self.adapter.tokens, 1)
+
+
+class _BaseMix(_Mix):
+    """The same with the base's own W_V: f_a goes through the layer whenever the layer is called.
+
+    So LoRAs that come and go, weights in 8 bits and those that are elsewhere meanwhile need no
+    care, for a product of C rows beside the layer's own of B·C.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        f_a: _Pair,
+        scale: float,
+        adapter: _Adapter,
+        attn: Any,
+        state: _State,
+    ) -> None:
+        super().__init__(path, f_a, scale, adapter, torch.empty(0))
+        self.attn = attn
+        self.state = state
+
+    def _mix(self, device: torch.device, dtype: torch.dtype) -> None:
+        # λ comes last: at 0 nothing is left, whatever a quantised layer makes of zeros.
+        self.strength = torch.tensor(self.scale, device=device)
+        cond, uncond = (None if f_a is None else f_a.to(device, dtype) for f_a in self.values)
+        assert cond is not None
+        self.cond, self.uncond = cond, uncond
+
+    def strengthened(self, context: Tensor, value: Tensor) -> _Pair:
+        super().strengthened(context, context)
+        parts = [self.cond] if self.uncond is None else [self.cond, self.uncond]
+        self.state.paused = True  # here the layer is asked for the base's part alone
+        try:
+            v_a = self.attn.to_v(torch.cat(parts))
+        finally:
+            self.state.paused = False
+        cond, *uncond = (v_a.float() * self.strength).to(value.dtype).split(self.adapter.tokens)
+        return cond, uncond[0] if uncond else None
 
 
 class _Patch:
@@ -259,7 +306,7 @@ class _Layer(_Patch):
         if self.mixes and not self.state.paused:
             _check_rescaling(self.path, self.attn)
             for mix in self.mixes.values():
-                value = mix(value, self.state)
+                value = mix(args[0], value, self.state)
         return value
 
 
@@ -452,13 +499,9 @@ def _values(
     selection: Selection,
     apply_to: str,
     attns: Mapping[str, Any],
-    state: _State,
-    dtype: torch.dtype,
 ) -> dict[str, _Pair]:
     """V_a of every layer (eq. 7), [C, inner_dim] for the two passes; uncond only for contrast."""
     if isinstance(source, Adapter):
-        if source.value_weights == "base":
-            return _base_values(source, selection, apply_to, attns, state, dtype)
         source = source.values(selection, apply_to=apply_to)  # type: ignore[arg-type]
     values: dict[str, _Pair] = {}
     for path in attns:
@@ -475,40 +518,15 @@ def _values(
     return values
 
 
-def _base_values(
-    adapter: Adapter,
-    selection: Selection,
-    apply_to: str,
-    attns: Mapping[str, Any],
-    state: _State,
-    dtype: torch.dtype,
-) -> dict[str, _Pair]:
-    """V_a = f_a·W_Vᵀ with the base's own W_V, LoRAs included."""
-    f_a = from_dlpack(adapter.project(selection))  # eq. 6, [C, d]
-    if apply_to == "contrast":
-        if adapter.projection == "difference":
-            negative = -f_a
-        else:
-            none = dict.fromkeys((label.name for label in adapter.labels), 0.0)
-            negative = from_dlpack(adapter.project(none))
-        f_a = torch.cat([f_a, negative])
-    values: dict[str, _Pair] = {}
-    state.paused = True  # of other adapters' V_a
-    try:
-        with torch.no_grad():
-            for path, attn in attns.items():
-                weight = _linear(attn).weight
-                # Offloaded weights are on "meta" and come to where their hook sends the input;
-                # those kept in 8 bits or fewer are computed with in the U-Net's dtype.
-                device = torch.device("cpu") if weight.is_meta else weight.device
-                own = weight.is_floating_point() and weight.dtype.itemsize > 1
-                v_a = attn.to_v(f_a.to(device, weight.dtype if own else dtype))
-                v_a = v_a.to("cpu", torch.float32)
-                cond, *uncond = v_a.split(adapter.context_tokens)
-                values[path] = (cond, uncond[0] if uncond else None)
-    finally:
-        state.paused = False
-    return values
+def _aesthetic_context(adapter: Adapter, selection: Selection, apply_to: str) -> _Pair:
+    """f_a of the two passes (eq. 6), [C, d]; uncond only for contrast."""
+    f_a = from_dlpack(adapter.project(selection))
+    if apply_to != "contrast":
+        return f_a, None
+    if adapter.projection == "difference":
+        return f_a, -f_a
+    none = dict.fromkeys((label.name for label in adapter.labels), 0.0)
+    return f_a, from_dlpack(adapter.project(none))
 
 
 def _scales(scale: Scale, paths: Mapping[str, Any]) -> dict[str, float]:

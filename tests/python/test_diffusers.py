@@ -9,6 +9,7 @@ attentions, not two values): 5e-3 for fp16, 4e-2 for bf16. The effect itself is 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -343,6 +344,56 @@ def test_value_weights_of_the_base(projection: str, with_lora: bool) -> None:
     load_vmix(pipe, other, adapter_name="other", scale=0.0)
     load_vmix(pipe, adapter, apply_to="contrast")
     assert difference(tiny.run(pipe), want) < 1e-5
+
+
+def test_value_weights_of_a_base_that_changes() -> None:
+    """LoRAs that come, change and go after `load_vmix`, and other weights in the same place."""
+    pipe = tiny.pipeline()
+    tensors, _ = tiny.adapter(pipe.unet)
+    paths = [key.removesuffix(".to_v_aes.weight") for key in tensors if "to_v_aes" in key]
+    load_vmix(pipe, of_base_weights(pipe.unet), apply_to="contrast", scale=0.7)
+
+    def check() -> Tensor:
+        plain = copy.deepcopy(pipe)
+        unload_vmix(plain)
+        for path in paths:
+            to_v = plain.unet.get_submodule(path).to_v
+            tensors[f"{path}.to_v_aes.weight"] = to_v(torch.eye(tiny.CONTEXT)).T.detach()
+        with two_branches(plain.unet, tensors, ALL, apply_to="contrast", strength=0.7):
+            want = tiny.run(plain)
+        got = tiny.run(pipe)
+        assert difference(got, want) < 1e-5
+        return got
+
+    seen = [check()]
+    pipe.load_lora_weights(tiny.lora(pipe.unet), adapter_name="style")
+    seen.append(check())
+    pipe.set_adapters(["style"], [0.3])
+    seen.append(check())
+    pipe.unload_lora_weights()
+    assert torch.equal(check(), seen[0])
+    with torch.no_grad():
+        for path in paths:
+            pipe.unet.get_submodule(path).to_v.weight.mul_(-1)
+    seen.append(check())
+    assert all(difference(a, b) > 1e-3 for a, b in itertools.pairwise(seen))
+
+
+def test_value_weights_of_a_compiled_base() -> None:
+    torch._dynamo.reset()
+    pipe, backend = tiny.pipeline(), CompileCounter()
+    adapter = of_base_weights(pipe.unet)
+    load_vmix(pipe, adapter)
+    want = [tiny.run(pipe)]
+    set_vmix_scale(pipe, 0.5)
+    want.append(tiny.run(pipe))
+    pipe.unet.compile(backend=backend, fullgraph=True)
+    set_vmix_scale(pipe, 1.0)
+    assert difference(tiny.run(pipe), want[0]) < 1e-5
+    compilations = backend.frame_count
+    set_vmix_scale(pipe, 0.5)
+    assert difference(tiny.run(pipe), want[1]) < 1e-5
+    assert backend.frame_count == compilations > 0, "a new scale compiled anew"
 
 
 def of_base_weights(unet: Any) -> Adapter:
