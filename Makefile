@@ -103,12 +103,13 @@ demo: setup ## out/demo/grid.png and a table: prompts with and without VMix
 demo-report: setup ## measures everything that docs/demo/README.md states, and writes it
 	$(PY) examples/demo/report.py
 
-bench: .venv/ready ## ratios to vanilla diffusers and to safetensors + torch
+bench: .venv/ready ## ratios to vanilla diffusers, to safetensors + torch, and to transformers
 	cargo build --locked --release --workspace
 	cp target/release/lib_native.$(NATIVE) python/vmix/_native.abi3.so.new
 	mv python/vmix/_native.abi3.so.new python/vmix/_native.abi3.so
 	$(PY) benches/bench_values.py
 	$(PY) benches/bench_diffusers.py
+	$(PY) benches/bench_encoder.py
 
 bench-comfy: $(COMFY_VENV)/ready ## ratios to a vanilla ComfyUI, of COMFYUI_PATH
 	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_PY) benches/bench_comfy.py

@@ -32,7 +32,7 @@ type Result<T> = std::result::Result<T, Box<dyn StdError>>;
 /// U-Net's cross-attention; a preset holds the values of one choice. Both are safetensors files.
 ///
 /// The exit status is 0 when all went well, 1 with a sentence on standard error when something was
-/// refused, and 2 when the command line itself was wrong.
+/// refused, 2 when the command line itself was wrong, and 130 when it was stopped by Ctrl-C.
 #[derive(Parser)]
 #[command(name = "vmix", version, disable_help_subcommand = true)]
 struct Cli {

@@ -451,26 +451,25 @@ SIGNS = ("positive", "negative")
 # What the numbers of the committed report.json say; to be read again when they change.
 NOTES = {
     "labels": """\
-Three of four labels do what they say. **Sharp focus does nothing**, and slightly the wrong way:
-the base has hardly any sharpness to choose from. Its own pictures measure 0.125, drawn
+Three of four labels do what they say. **Sharp focus does nothing**: the base has hardly any
+sharpness to choose from. Its own pictures measure 0.125, drawn
 all-negative ones 0.104 and drawn all-positive ones 0.457: what a U-Net of this size leaves out
 first is edges, whatever the label asks for. Labels are not independent of each other either:
-lighting, colour and above all composition also make the object easier to recognise and move it
+lighting and above all composition also make the object easier to recognise, and lighting moves it
 towards the centre, because all-negative pictures are so far gone (see the unconditional pass).""",
     "strength": """\
 Most of the effect is there at λ = 0.25, and beyond 1 there is little left to gain. Fidelity stays
-within its interval of the base's throughout; the loss of objects at λ = 2 is what one would
-expect of too high a strength, but 64 pairs do not settle it. The base centres these prompts by
-itself, so that all-positive changes nothing there.""",
+within its interval of the base's throughout. The base centres these prompts by itself, so that
+all-positive changes little there.""",
     "attention": """\
 At λ = 1 the maps correlate at 0.96 with the base's, although the pictures differ clearly; they
 are not equal because later layers and steps see what earlier ones have changed. The same f_a
-added to the text's features, which the paper rejects, takes the maps apart (0.54), for no more
-change of the picture than VMix makes at λ = 2, where the maps still correlate at 0.93.""",
+added to the text's features, which the paper rejects, takes the maps apart (0.56), for not
+much more change of the picture than VMix makes at λ = 2, where they still correlate at 0.93.""",
     "unconditional": """\
 The default is `cond`: with all labels positive it keeps colour and object as well as the others,
 within the intervals, and lighting and composition follow it most. The price is at the other end:
-all-negative pictures keep the object in a third of the cases, against over half with `both` and
+all-negative pictures keep the object in two fifths of the cases, against over half with `both` and
 `contrast`, and `contrast` moves colour most. Who uses negative labels for their own sake is
 better served by an adapter trained with `--apply_to both`.""",
     "ablation": """\
