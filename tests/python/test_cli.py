@@ -557,8 +557,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file({**tensors, **changes}, path / name, {**metadata, **keys})
 
     nan = torch.tensor(math.nan)
-    labels = metadata["vmix.labels"].replace('"default": 1.0', '"default": -0.3', 1)
-    write("mixed", {MID + W_VA: tensors[MID + W_VA].float()}, **{"vmix.labels": labels})
+    labels = json.loads(metadata["vmix.labels"])
+    labels[0]["default"] = -0.3
+    write("mixed", {MID + W_VA: tensors[MID + W_VA].float()}, **{"vmix.labels": json.dumps(labels)})
     draw = torch.Generator().manual_seed(0)
     drawn = {
         name: torch.randn(x.shape, generator=draw) / 8
