@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The valid files that fuzzing starts from, seeds/file; fuzz_targets/calls.rs opens them too."""
+"""The files that fuzzing starts from, seeds/file; fuzz_targets/calls.rs opens them too."""
 
 import sys
 from pathlib import Path
@@ -17,6 +17,7 @@ SEEDS = {
     "preset": make.preset(),
     "preset-f16": make.preset("F16"),
     "contrast": make.contrast(),
+    "base": make.base(),
 }
 
 for name, parts in SEEDS.items():

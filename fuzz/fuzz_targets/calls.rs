@@ -40,6 +40,9 @@ const FILES: [&[u8]; 7] = [
     include_bytes!("../seeds/file/contrast.safetensors"),
 ];
 
+/// A U-Net for the third of them.
+const BASE: &[u8] = include_bytes!("../seeds/file/base.safetensors");
+
 /// How many of them are adapters.
 const ADAPTERS: u8 = 4;
 
@@ -61,6 +64,7 @@ static FOLDER: LazyLock<PathBuf> = LazyLock::new(|| {
     for (i, file) in FILES.iter().enumerate() {
         fs::write(folder.join(i.to_string()), file).expect("a temporary file");
     }
+    fs::write(folder.join("base"), BASE).expect("a temporary file");
     folder
 });
 
@@ -91,6 +95,7 @@ enum Call {
         StructSize,
         u8,
         Rare<()>,
+        Option<Base>,
     ),
     Validate,
     Get(Index, Enumeration, Out),
@@ -118,6 +123,16 @@ struct Text(u8, Rare<Option<Vec<u8>>>);
 
 #[derive(Debug, Arbitrary)]
 struct Path(u8, Rare<PathChange>);
+
+/// A base model whose value weights serve.
+#[derive(Debug, Arbitrary)]
+enum Base {
+    /// Of the layers that one of the adapters was made for.
+    Fitting,
+    /// The same with one other byte.
+    Byte(u16, u8),
+    Path(Path),
+}
 
 #[derive(Debug, Arbitrary)]
 enum PathChange {
@@ -424,15 +439,17 @@ impl Host {
                 let expected = self.info().map(|i| i.context_tokens * i.context_dim);
                 self.fill(weights, buffer, expected, vmix_adapter_project);
             }
-            Call::Values(null, weights, apply_to, dtype, size, more, null_out) => {
+            Call::Values(null, weights, apply_to, dtype, size, more, null_out, base) => {
                 let labels = self.info().map_or(0, |info| info.label_count);
                 let (weights, weight_count, numbers) = weights.make(labels);
+                let base = base.as_ref().and_then(Base::make);
                 let params = ValuesParams {
                     struct_size: 0,
                     weights,
                     weight_count,
                     apply_to: apply_to.make(),
                     dtype: dtype.make(),
+                    base_path: pointer(&base),
                 };
                 let params = Block::of_struct(&params, size.of::<ValuesParams>(), *more);
                 let pointer = if null.is_some() {
@@ -443,7 +460,7 @@ impl Host {
                 let adapter = self.adapter;
                 // SAFETY: as above.
                 let compute = |out| unsafe { vmix_adapter_values(adapter, pointer, out) };
-                let documented = [NULL_ARGUMENT, INVALID_ARGUMENT, INVALID_FILE, UNSUPPORTED];
+                let documented = [NULL_ARGUMENT, INVALID_ARGUMENT, IO, INVALID_FILE, UNSUPPORTED];
                 let made = self.handle(null_out.is_some(), &documented, compute);
                 assert!(params.is_untouched() && numbers.is_untouched());
                 if let Some(values) = made {
@@ -898,6 +915,25 @@ impl Text {
             None => Some(Block::text(TEXTS[usize::from(self.0) % TEXTS.len()])),
             Some(bytes) => bytes.as_deref().map(Block::text),
         }
+    }
+}
+
+impl Base {
+    /// None is NULL.
+    fn make(&self) -> Option<Block> {
+        let path = match self {
+            Self::Fitting => FOLDER.join("base"),
+            Self::Byte(i, byte) => {
+                let mut bytes = BASE.to_vec();
+                let i = usize::from(*i) % bytes.len();
+                bytes[i] = *byte;
+                let path = FOLDER.join("changed-base");
+                fs::write(&path, bytes).expect("a temporary file");
+                path
+            }
+            Self::Path(path) => return path.make(false),
+        };
+        Some(Block::text(path.as_os_str().as_bytes()))
     }
 }
 

@@ -104,6 +104,7 @@ structs! {
         pub weight_count: usize,
         pub apply_to: u32,
         pub dtype: u32,
+        pub base_path: Text,
     }
 
     pub struct MixParams {

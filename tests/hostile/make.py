@@ -168,6 +168,14 @@ def borrowing() -> Parts:
     return parts
 
 
+def base() -> Parts:
+    """The cross-attention values of a U-Net that `borrowing` fits."""
+    parts = Parts()
+    for layer, width in WIDTHS.items():
+        parts.put(f"{layer}.to_v.weight", tensor(width, D))
+    return parts
+
+
 def sd15() -> Parts:
     """A valid adapter of a known base, without value weights of its own."""
     parts = difference().set("vmix.base", "sd15").unset("vmix.ldm_names")
