@@ -157,8 +157,15 @@ def read_labels(text: str) -> list[Any]:
     """The labels of a list, on lines or between semicolons: `vmix.Label`, with what is not said."""
     if native is None:
         raise RuntimeError(f"making an adapter {INSTALL}")
-    labels: list[Any] = native.read_label_list([text], training_free=True)
+    labels: list[Any] = native.read_label_list(entries(text), training_free=True)
     return labels
+
+
+def entries(text: str) -> list[str]:
+    """The labels of a list, on lines or between semicolons; lines that begin with # are none."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    parts = [part.strip() for line in lines for part in line.split(";")]
+    return [part for part in parts if part]
 
 
 def training_free(
@@ -173,7 +180,7 @@ def training_free(
     if native is None:
         raise RuntimeError(f"making an adapter {INSTALL}")
     opened = native.training_free_adapter(
-        [labels], features, context_tokens=context_tokens, layers=list(layers)
+        entries(labels), features, context_tokens=context_tokens, layers=list(layers)
     )
     return _opened(opened, name)
 

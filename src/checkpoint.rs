@@ -54,6 +54,14 @@ impl Checkpoint {
     /// or the folder of a diffusers pipeline.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
+        if !path.exists() {
+            let expected = "a safetensors file or the folder of a diffusers pipeline";
+            return Err(Error::argument(
+                path.display().to_string(),
+                expected,
+                "no such file or folder",
+            ));
+        }
         if path.is_dir() {
             return Self::from_folder(path);
         }

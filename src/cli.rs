@@ -1,7 +1,7 @@
 //! The command `vmix`.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     error::Error as StdError,
     ffi::OsString,
     fmt::Write as _,
@@ -15,6 +15,7 @@ use std::{
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
+use unicode_width::UnicodeWidthStr;
 
 use crate::{
     Adapter, ApplyTo, Base, Checkpoint, DType, InitOptions, LabelKey, Labels, Layers, Opened,
@@ -74,7 +75,9 @@ struct Init {
     /// diffusers pipeline. SD1.5 and SDXL are told apart by their tensors.
     #[arg(short, long, value_name = "CHECKPOINT")]
     base: PathBuf,
-    /// A labels.toml (docs/labels.md). Without it, and without --label, seven default labels.
+    /// A labels.toml: tables `[[label]]` with `name` and, where wanted, `dimension`, `positive` (the
+    /// text, else the name), `negative` (else a rare token), `default` and `neutral` (weights) and
+    /// `display_names` (by language). Without it, and without --label, seven default labels.
     #[arg(short = 'L', long, value_name = "FILE", conflicts_with = "label")]
     labels: Option<PathBuf>,
     /// A label as "NAME", "NAME: TEXT" or "NAME: TEXT | NEGATIVE"; may be repeated.
@@ -136,6 +139,7 @@ struct Bake {
 /// Write a file anew with its value weights, or its values, in another element type.
 ///
 /// AesEmb and the projection stay as they are: they are small, and every layer goes through them.
+/// Training-free adapters have no value weights, and nothing to convert.
 #[derive(Args)]
 struct Convert {
     /// An adapter or a preset.
@@ -245,7 +249,8 @@ fn reported(done: Result<()>) -> u8 {
 }
 
 fn init(arguments: &Init) -> Result<()> {
-    arguments.out.check()?;
+    let inputs = [Some(&arguments.base), arguments.labels.as_ref()];
+    arguments.out.check(inputs.into_iter().flatten())?;
     let start = match arguments.training_free {
         false => Start::Training,
         true => Start::TrainingFree,
@@ -253,13 +258,11 @@ fn init(arguments: &Init) -> Result<()> {
     let labels = match &arguments.labels {
         Some(path) => Labels::open_toml(path, start)?,
         None if arguments.label.is_empty() => Labels::standard(start),
-        None => Labels::from_lines(&arguments.label.join("\n"), start)?,
+        None => Labels::from_entries(arguments.label.iter().map(String::as_str), start)?,
     };
     let base = Checkpoint::open(&arguments.base)?;
-    if start == Start::Training {
-        for warning in base.text_encoder()?.warnings(&labels)? {
-            let _ = writeln!(io::stderr(), "warning: {warning}");
-        }
+    for warning in base.text_encoder()?.warnings(&labels, start)? {
+        let _ = writeln!(io::stderr(), "warning: {}", presentable(&warning, LONGEST));
     }
     let options = InitOptions {
         start,
@@ -281,7 +284,8 @@ fn init(arguments: &Init) -> Result<()> {
 }
 
 fn bake(arguments: &Bake) -> Result<()> {
-    arguments.out.check()?;
+    let inputs = [Some(&arguments.adapter), arguments.base.as_ref()];
+    arguments.out.check(inputs.into_iter().flatten())?;
     let adapter = Adapter::open(&arguments.adapter)?;
     let selection = selection(&arguments.select, adapter.labels())?;
     let apply_to = arguments.apply_to.map_or(adapter.apply_to(), ApplyTo::from);
@@ -321,10 +325,21 @@ fn selection(given: &[String], labels: &Labels) -> Result<Selection> {
         match entry.rsplit_once('=') {
             // Names may have that sign themselves.
             Some((name, weight)) if !is_label(entry) => {
-                let weight = weight.trim().parse::<f32>().map_err(|_| {
-                    format!("--select {entry:?}: expected NAME=WEIGHT, found {weight:?} as weight")
+                let name = name.trim();
+                if ["all", "none"].contains(&name) {
+                    return Err(format!("--select {entry:?}: `{name}` takes no weight").into());
+                }
+                let number = weight.trim().parse::<f32>().ok().filter(|w| w.is_finite());
+                let number = number.ok_or_else(|| {
+                    format!(
+                        "--select {entry:?}: expected NAME=WEIGHT with a finite number, found \
+                         {weight:?} as weight"
+                    )
                 })?;
-                Ok((LabelKey::from(name.trim()), weight))
+                Ok((LabelKey::from(name), number))
+            }
+            _ if ["all", "none"].contains(&entry.as_str()) => {
+                Err(format!("--select {entry:?}: stands alone, without other labels").into())
             }
             _ => Ok((LabelKey::from(entry.as_str()), 1.0)),
         }
@@ -332,14 +347,14 @@ fn selection(given: &[String], labels: &Labels) -> Result<Selection> {
     let chosen: Vec<_> = chosen.collect::<Result<_>>()?;
     for (i, (label, _)) in chosen.iter().enumerate() {
         if chosen[..i].iter().any(|(other, _)| other == label) {
-            return Err(format!("--select: {} twice", given[i]).into());
+            return Err(format!("--select {:?}: that label is selected twice", given[i]).into());
         }
     }
     Ok(Selection::Weights(chosen))
 }
 
 fn convert(arguments: &Convert) -> Result<()> {
-    arguments.out.check()?;
+    arguments.out.check([])?; // in place is as meant
     let dtype = arguments.dtype.into();
     let bar = spinner("converting");
     let summary = match open(&arguments.file)? {
@@ -368,8 +383,11 @@ fn validate(arguments: &Validate) -> Result<()> {
     for path in &arguments.files {
         let bar = spinner("checking");
         let found = open(path).and_then(|opened| match opened {
-            Opened::Adapter(adapter) => adapter.validate().map(|()| "a valid adapter"),
-            Opened::Preset(_) => Ok("a valid preset"), // which is read as a whole
+            Opened::Adapter(adapter) => adapter
+                .validate()
+                .map(|()| valid("adapter", adapter.metadata())),
+            // It is read as a whole.
+            Opened::Preset(values) => Ok(valid("preset", &values.metadata())),
         });
         bar.finish_and_clear();
         match found {
@@ -385,6 +403,17 @@ fn validate(arguments: &Validate) -> Result<()> {
         0 => Ok(()),
         _ => Err(format!("{refused} of {} files refused", arguments.files.len()).into()),
     }
+}
+
+fn valid(kind: &str, metadata: &BTreeMap<String, String>) -> String {
+    match is_experimental(metadata) {
+        true => format!("a valid {kind} (EXPERIMENTAL, training-free)"),
+        false => format!("a valid {kind}"),
+    }
+}
+
+fn is_experimental(metadata: &BTreeMap<String, String>) -> bool {
+    metadata.get("vmix.projection").map(String::as_str) == Some(ProjectionKind::Difference.name())
 }
 
 fn inspect(arguments: &Inspect) -> Result<()> {
@@ -438,6 +467,7 @@ impl Summary {
         );
         summary.extend(json!({
             "selection": selection,
+            "projection": values.metadata().get("vmix.projection"),
             "dtype": values.dtype().name(),
             "context_tokens": values.context_tokens(),
             "apply_to": values.apply_to().name(),
@@ -475,11 +505,10 @@ impl Summary {
             })
             .collect();
         let training = metadata.get("vmix.trained").map_or("no", String::as_str);
-        let projection = metadata.get("vmix.projection").map(String::as_str);
         Self(json!({
             "kind": kind, "base": base.name(), "labels": labels, "layers": layers,
             "trained": training != "no", "training": training,
-            "experimental": projection == Some(ProjectionKind::Difference.name()),
+            "experimental": is_experimental(metadata),
             "metadata": metadata,
         }))
     }
@@ -527,7 +556,8 @@ impl Summary {
             self.count("layers"),
         );
         let (what, size) = (self.what(), self.size());
-        format!("{what} for {base}, {labels} labels, {layers} layers, {size}")
+        let plural = if labels == 1 { "" } else { "s" };
+        format!("{what} for {base}, {labels} label{plural}, {layers} layers, {size}")
     }
 
     fn table(&self) -> Result<String> {
@@ -573,7 +603,19 @@ impl Summary {
             writeln!(table, "{key:width$}{}", presentable(&value, LONGEST))?;
         }
         write!(table, "\n{}", self.label_table())?;
+        let languages = self.languages();
+        if !languages.is_empty() {
+            write!(table, "\n\nnames in {}", presentable(&languages, LONGEST))?;
+        }
         Ok(table)
+    }
+
+    /// The languages that any label has a name in.
+    fn languages(&self) -> String {
+        let labels = self.0["labels"].as_array().into_iter().flatten();
+        let names = labels.filter_map(|label| label["display_names"].as_object());
+        let tags: BTreeSet<&str> = names.flat_map(|n| n.keys().map(String::as_str)).collect();
+        tags.into_iter().collect::<Vec<_>>().join(", ")
     }
 
     fn label_table(&self) -> String {
@@ -604,14 +646,14 @@ impl Summary {
         }
         let widths: Vec<usize> = (0..5)
             .map(|column| {
-                let cells = rows.iter().map(|row| row[column].chars().count());
+                let cells = rows.iter().map(|row| row[column].width());
                 cells.max().unwrap_or(0) + 2
             })
             .collect();
         let lines = rows.iter().map(|row| {
             let cells = row.iter().zip(&widths);
             let line: String = cells
-                .map(|(cell, &width)| format!("{cell:width$}"))
+                .map(|(cell, &width)| format!("{cell}{}", " ".repeat(width - cell.width())))
                 .collect();
             line.trim_end().to_owned()
         });
@@ -639,9 +681,20 @@ fn bytes(count: u64) -> String {
 }
 
 impl Out {
-    /// Refuses to write where a file is, before any work is done.
-    fn check(&self) -> Result<()> {
+    /// Refuses to write where a file is, or over what is read, before any work is done.
+    fn check<'a>(&self, inputs: impl IntoIterator<Item = &'a PathBuf>) -> Result<()> {
         let path = self.path.display();
+        if let Ok(target) = self.path.canonicalize() {
+            for input in inputs {
+                if input
+                    .canonicalize()
+                    .is_ok_and(|input| target.starts_with(input))
+                {
+                    let input = input.display();
+                    return Err(format!("{path}: is, or is in, what is read: {input}").into());
+                }
+            }
+        }
         if self.path.is_dir() {
             return Err(format!("{path}: a folder; expected the name of a file to write").into());
         }

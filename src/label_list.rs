@@ -63,32 +63,41 @@ impl Labels {
         Self::of(label, start)
     }
 
-    /// Reads a list with a label on every line or between semicolons: `name`, `name: positive text` or
-    /// `name: positive text | negative text`. Lines that start with `#` are comments.
-    pub fn from_lines(text: &str, start: Start) -> Result<Self> {
-        let lines = text.split(['\n', ';']).map(str::trim);
-        let entries = lines
-            .filter(|line| !(line.is_empty() || line.starts_with('#')))
-            .map(|line| {
-                let (name, texts) = match line.split_once(':') {
-                    Some((name, texts)) => (name.trim(), Some(texts)),
-                    None => (line, None),
-                };
-                let texts = texts.map(|texts| match texts.split_once('|') {
-                    Some((positive, negative)) => (positive.trim(), Some(negative.trim())),
-                    None => (texts.trim(), None),
-                });
-                Entry {
-                    name: name.to_owned(),
-                    dimension: String::new(),
-                    positive: texts.map(|(positive, _)| positive.to_owned()),
-                    negative: texts.and_then(|(_, negative)| Some(negative?.to_owned())),
-                    default: None,
-                    neutral: None,
-                    display_names: BTreeMap::new(),
+    /// Reads labels that were typed: `name`, `name: positive text` or
+    /// `name: positive text | negative text` each.
+    pub fn from_entries<'a>(
+        entries: impl IntoIterator<Item = &'a str>,
+        start: Start,
+    ) -> Result<Self> {
+        let entry = |entry: &'a str| {
+            let (name, texts) = match entry.split_once(':') {
+                Some((name, texts)) => (name, Some(texts)),
+                None if entry.contains('|') => {
+                    return Err(format!(
+                        "label `{entry}` with a negative but no text: `NAME: TEXT | NEGATIVE`"
+                    ));
                 }
+                None => (entry, None),
+            };
+            let texts = texts.map(|texts| match texts.split_once('|') {
+                Some((positive, negative)) => (positive, Some(negative)),
+                None => (texts, None),
             });
-        Self::of(entries.collect(), start).map_err(|found| refused("labels", found))
+            Ok(Entry {
+                name: name.trim().to_owned(),
+                dimension: String::new(),
+                positive: texts.map(|(positive, _)| positive.trim().to_owned()),
+                negative: texts.and_then(|(_, negative)| Some(negative?.trim().to_owned())),
+                default: None,
+                neutral: None,
+                display_names: BTreeMap::new(),
+            })
+        };
+        let entries = entries.into_iter().map(entry);
+        entries
+            .collect::<std::result::Result<_, _>>()
+            .and_then(|entries| Self::of(entries, start))
+            .map_err(|found| refused("labels", found))
     }
 
     fn of(entries: Vec<Entry>, start: Start) -> std::result::Result<Self, String> {
@@ -106,15 +115,13 @@ impl Labels {
         };
         let default = match start {
             Start::Training => 1.0,
-            // Differences add up. By default all together are as strong as one of them, in hundredths.
-            Start::TrainingFree => (100.0 / entries.len() as f32).round() / 100.0,
+            // Differences add up. By default all together are as strong as one of them.
+            Start::TrainingFree => two_digits(1.0 / entries.len() as f64),
         };
         let labels = entries
             .into_iter()
             .map(|entry| {
-                if entry.positive.as_deref() == Some("") {
-                    return Err(format!("label `{}` without a positive text", entry.name));
-                }
+                entry.check(start)?;
                 let negative = match entry.negative {
                     Some(negative) => negative,
                     None => negative_for(&entry.name)?,
@@ -130,12 +137,80 @@ impl Labels {
                 })
             })
             .collect::<std::result::Result<Vec<_>, String>>()?;
+        let mut seen: Vec<String> = Vec::new();
+        for name in labels.iter().map(|label| label.name.to_lowercase()) {
+            if seen.contains(&name) {
+                return Err(format!("two labels named `{name}`, in whatever case"));
+            }
+            seen.push(name);
+        }
         Self::checked(labels)
     }
 }
 
+impl Entry {
+    /// What a file may hold, but whoever writes a list did not mean.
+    fn check(&self, start: Start) -> std::result::Result<(), String> {
+        let name = &self.name;
+        if name.trim() != name {
+            return Err(format!("label `{name}`, which begins or ends with a space"));
+        }
+        if name.chars().any(char::is_control) {
+            return Err(format!("label {name:?}, which has a control character"));
+        }
+        if ["all", "none"].contains(&name.to_lowercase().as_str()) {
+            return Err(format!("a label named `{name}`, which is reserved"));
+        }
+        if self
+            .positive
+            .as_deref()
+            .is_some_and(|text| text.trim().is_empty())
+        {
+            return Err(format!("label `{name}` without a positive text"));
+        }
+        for (key, weight) in [("default", self.default), ("neutral", self.neutral)] {
+            if let Some(weight) = weight.filter(|weight| !weight.is_finite()) {
+                return Err(format!(
+                    "label `{name}` with {key} {weight}, no finite number in f32"
+                ));
+            }
+        }
+        if start == Start::TrainingFree && self.neutral.is_some_and(|weight| weight != 0.0) {
+            return Err(format!(
+                "label `{name}` with a neutral weight of its own: without training it is 0"
+            ));
+        }
+        let is_tag = |tag: &str| {
+            let mut parts = tag.split('-');
+            parts.all(|part| {
+                (1..=8).contains(&part.len()) && part.bytes().all(|b| b.is_ascii_alphanumeric())
+            })
+        };
+        for (tag, shown) in &self.display_names {
+            if !is_tag(tag) {
+                return Err(format!(
+                    "label `{name}` with a name in `{tag}`, which is no language tag"
+                ));
+            }
+            if shown.trim().is_empty() {
+                return Err(format!("label `{name}` without a name in `{tag}`"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Rounded to two digits, which weights have that people read.
+fn two_digits(x: f64) -> f32 {
+    format!("{x:.1e}").parse().expect("a number")
+}
+
 fn refused(list: &str, found: String) -> Error {
-    Error::argument(list, "a list of labels (docs/labels.md)", found)
+    Error::argument(
+        list,
+        "a list of labels, as `vmix init --help` has it",
+        found,
+    )
 }
 
 #[cfg(test)]
@@ -176,9 +251,13 @@ mod tests {
     }
 
     #[test]
-    fn lines_become_labels() {
-        let text = "warm light\n# a comment\nred: bright red; calm: a calm mood | sks";
-        let labels = Labels::from_lines(text, Start::Training).unwrap();
+    fn entries_become_labels() {
+        let entries = [
+            "warm light",
+            "red: bright red; #1",
+            "calm: a calm mood | sks",
+        ];
+        let labels = Labels::from_entries(entries, Start::Training).unwrap();
         let parts: Vec<_> = labels
             .iter()
             .map(|l| (l.name.as_str(), l.positive.as_str(), l.negative.as_str()))
@@ -187,7 +266,7 @@ mod tests {
             parts,
             [
                 ("warm light", "warm light", "nmwx"), // sks is taken
-                ("red", "bright red", "nlwx"),
+                ("red", "bright red; #1", "nlwx"),
                 ("calm", "a calm mood", "sks"),
             ]
         );
@@ -195,7 +274,8 @@ mod tests {
 
     #[test]
     fn without_training_labels_are_told_from_no_text_and_share_the_strength() {
-        let labels = Labels::from_lines("red; blue: deep blue | grey; warm", Start::TrainingFree);
+        let entries = ["red", "blue: deep blue | grey", "warm"];
+        let labels = Labels::from_entries(entries, Start::TrainingFree);
         let parts: Vec<_> = labels
             .unwrap()
             .iter()
@@ -216,16 +296,38 @@ mod tests {
             ("[[label]]\nname = 'a'\ndefault = 'b'", "line 3"),
             ("[[label]]\nname = 'all'", "reserved"),
             ("label = []", "an empty list"),
+            ("[[label]]\nname = ' a'", "begins or ends with a space"),
+            ("[[label]]\nname = 'None'", "reserved"),
+            (
+                "[[label]]\nname = 'a'\n[[label]]\nname = 'A'",
+                "two labels named `a`",
+            ),
+            ("[[label]]\nname = 'a'\ndefault = nan", "default NaN"),
+            ("[[label]]\nname = 'a'\nneutral = 1e300", "neutral inf"),
+            (
+                "[[label]]\nname = 'a'\npositive = ' '",
+                "without a positive text",
+            ),
+            (
+                "[[label]]\nname = 'a'\ndisplay_names = { de = '' }",
+                "without a name in `de`",
+            ),
+            (
+                "[[label]]\nname = 'a'\ndisplay_names = { 'deutsch!' = 'b' }",
+                "no language tag",
+            ),
         ] {
             let found = Labels::from_toml(toml, Start::Training)
                 .unwrap_err()
                 .to_string();
             assert!(found.contains(complaint), "{toml}: {found}");
         }
-        let many: String = (0..31).map(|i| format!("l{i}\n")).collect();
-        let found = Labels::from_lines(&many, Start::Training)
-            .unwrap_err()
-            .to_string();
+        let many: Vec<String> = (0..31).map(|i| format!("l{i}")).collect();
+        let many = || many.iter().map(String::as_str);
+        let found = Labels::from_entries(many(), Start::Training);
+        let found = found.unwrap_err().to_string();
         assert!(found.contains("give `l30` one"), "{found}");
+        let labels = Labels::from_entries(many(), Start::TrainingFree).unwrap();
+        assert_eq!(labels[0].default, 0.032);
     }
 }

@@ -64,7 +64,8 @@ def load_vmix(
         adapter_or_preset: a file, an `Adapter` or the `Values` of one selection.
         selection: the labels, for an adapter: a name, a list of names, a dictionary of weights,
             "all" or "none"; its default weights if None. **A label that is left out is negative**
-            (weight 0), which is a look of its own and not the absence of one.
+            (weight 0), which is a look of its own and not the absence of one; but a training-free
+            label at 0 adds nothing.
         scale: λ of eq. 9; a number or a dictionary per block, see `set_vmix_scale`.
         apply_to: the passes of classifier-free guidance that are mixed: "cond", "both", or
             "contrast" (the selection on cond, its negatives on uncond); the file's own if None.

@@ -8,15 +8,15 @@ mod tokenizer;
 use std::path::Path;
 
 use crate::{
-    Checkpoint, DType, Error, Label, Labels, Result, Tensor, checkpoint::Source,
-    component::Component,
+    Checkpoint, DType, Error, Label, Labels, Result, Start, Tensor, checkpoint::Source,
+    component::Component, error::presentable,
 };
 
 pub use config::{Activation, ClipConfig};
 pub use model::{ClipOutput, ClipTextModel};
 pub use tokenizer::Tokenizer;
 
-use model::Hidden;
+use model::{Hidden, first_end};
 pub(crate) use names::Names;
 
 /// The text encoders of one base: CLIP-L in SD1.5; CLIP-L and OpenCLIP bigG, side by side, in SDXL.
@@ -83,39 +83,55 @@ impl TextEncoder {
         self.parts.iter().map(|part| &part.tokenizer)
     }
 
-    /// What speaks against the texts of labels that are to be trained, a sentence each: negatives are to
-    /// say nothing (paper, section 3.2), and every label needs features of its own.
-    pub fn warnings(&self, labels: &Labels) -> Result<Vec<String>> {
+    /// What speaks against the texts of labels, a sentence each: labels need features of their own, and
+    /// the negatives of those that are to be trained say nothing (paper, section 3.2).
+    pub fn warnings(&self, labels: &Labels, start: Start) -> Result<Vec<String>> {
         let tokenizer = &self.parts[0].tokenizer;
+        // What a feature is taken from: texts of the same tokens up to their first end are one.
+        let meaning = |text: &str| -> Result<Vec<u32>> {
+            let mut ids = tokenizer.encode(text)?;
+            ids.truncate(first_end(&ids));
+            Ok(ids)
+        };
         let mut warnings = Vec::new();
-        for (i, label) in labels.iter().enumerate() {
+        let mut seen: Vec<(&Label, Vec<u32>, Vec<u32>)> = Vec::new();
+        for label in labels.iter() {
             let Label {
                 name,
                 positive,
                 negative,
                 ..
             } = label;
-            if let Some(why) = tokenizer.why_not_rare(negative)? {
+            if start == Start::Training
+                && let Some(why) = tokenizer.why_not_rare(negative)?
+            {
                 warnings.push(format!(
                     "label `{name}`: the negative `{negative}` is no rare identifier: {why}"
                 ));
             }
-            if positive == negative {
-                warnings.push(format!("label `{name}`: both its texts are `{positive}`"));
+            let (with, without) = (meaning(positive)?, meaning(negative)?);
+            if with == without {
+                warnings.push(format!(
+                    "label `{name}`: `{positive}` and the negative `{negative}` are the same to the \
+                     text encoder, so the label can do nothing"
+                ));
             }
-            let others = || labels[..i].iter();
-            if let Some(other) = others().find(|other| other.positive == *positive) {
+            if let Some((other, ..)) = seen.iter().find(|(_, seen, _)| *seen == with) {
                 warnings.push(format!(
                     "label `{name}`: its text `{positive}` is that of `{}`",
                     other.name
                 ));
             }
-            if let Some(other) = others().find(|other| other.negative == *negative) {
+            let same = |(_, _, seen): &&(&Label, Vec<u32>, Vec<u32>)| *seen == without;
+            if start == Start::Training
+                && let Some((other, ..)) = seen.iter().find(same)
+            {
                 warnings.push(format!(
                     "label `{name}`: its negative `{negative}` is that of `{}`",
                     other.name
                 ));
             }
+            seen.push((label, with, without));
         }
         Ok(warnings)
     }
@@ -147,7 +163,7 @@ impl TextEncoder {
                 let ids = tokenizer.encode(text)?;
                 if ids.len() > most {
                     return Err(Error::argument(
-                        format!("text {text:?}"),
+                        format!("the text {:?}", presentable(text, 60)),
                         format!("at most {} tokens", most.saturating_sub(2)),
                         format!("{}", ids.len() - 2),
                     ));
@@ -220,13 +236,22 @@ impl Checkpoint {
                         let weights = Component::open(&encoder, "model")?;
                         let names = transformers_names(&weights);
                         let config = ClipConfig::open(&encoder.join("config.json"))?;
-                        Ok(Part {
-                            // ComfyUI users copy models without them.
-                            tokenizer: if tokenizer.is_dir() {
-                                Tokenizer::open(tokenizer)?
-                            } else {
+                        // ComfyUI users copy models without them.
+                        let tokenizer = match tokenizer.is_dir() {
+                            true => Tokenizer::open(tokenizer)?,
+                            false if config.vocab_size == ClipConfig::CLIP_L.vocab_size => {
                                 Tokenizer::clip()
-                            },
+                            }
+                            false => {
+                                return Err(Error::argument(
+                                    tokenizer.display().to_string(),
+                                    format!("a tokenizer of {} tokens", config.vocab_size),
+                                    "no such folder",
+                                ));
+                            }
+                        };
+                        Ok(Part {
+                            tokenizer,
                             model: ClipTextModel::new(weights, names, Some(config))?,
                         })
                     })

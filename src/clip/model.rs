@@ -354,7 +354,7 @@ impl ClipTextModel {
 }
 
 /// Where the text ends, by its last token, for the first time.
-fn first_end(ids: &[u32]) -> usize {
+pub(super) fn first_end(ids: &[u32]) -> usize {
     let last = ids.len() - 1;
     ids.iter().position(|id| *id == ids[last]).unwrap_or(last)
 }

@@ -32,16 +32,17 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
     text = (ROOT / "README.md").read_text("utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     (commands,) = [block for block in blocks if "vmix init" in block]
-    (tmp_path / "comfy_nodes").symlink_to(ROOT / "comfy_nodes")
+    for folder in ("comfy_nodes", "examples"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     as_installed = f'vmix() {{ "{sys.executable}" -W ignore -m vmix "$@"; }}\n'
     script = "set -e\n" + as_installed + commands
     done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-4:] == [
         "new.safetensors: a valid adapter",
-        "red.safetensors: a valid adapter",
-        "preset.safetensors: a valid preset",
-        "small.safetensors: a valid preset",
+        "red.safetensors: a valid adapter (EXPERIMENTAL, training-free)",
+        "preset.safetensors: a valid preset (EXPERIMENTAL, training-free)",
+        "small.safetensors: a valid preset (EXPERIMENTAL, training-free)",
     ]
 
 

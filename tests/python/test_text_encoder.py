@@ -565,9 +565,9 @@ def test_texts_and_ids_that_are_refused(pipeline: Case) -> None:
     encoder = vmix.TextEncoder.open(pipeline.path)
     assert tensor(encoder.features([LONGEST[32]])).isfinite().all()
     long = LONGEST[32] + " a"
-    with pytest.raises(VMixError, match=f'text "{long}": expected at most 30 tokens, found 31'):
+    with pytest.raises(VMixError, match=f'"{long[:60]}…": expected at most 30 tokens, found 31'):
         encoder.features(["a", long])
-    with pytest.raises(VMixError, match=f'text "{long}": expected at most 30 tokens'):
+    with pytest.raises(VMixError, match=f'"{long[:60]}…": expected at most 30 tokens'):
         vmix.init_adapter(pipeline.path, [f"long: {long}"], training_free=True)
     with pytest.raises(VMixError, match="texts: expected at least one"):
         encoder.features([])
@@ -621,7 +621,10 @@ CONFIG = "text_encoder/config.json: expected the configuration of a CLIP text mo
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "no U-Net": (remove("unet"), "pipeline, found a folder without `unet` in it"),
     "no text encoder": (remove("text_encoder"), "text_encoder: expected a file model.safetensors"),
-    "no tokenizer": (remove("tokenizer"), "token id: expected below 1457"),  # CLIP's own serves
+    "no tokenizer": (
+        remove("tokenizer"),
+        "/tokenizer: expected a tokenizer of 1457 tokens, found no",
+    ),
     "a pickle": (only_a_pickle, r"text_encoder: .*found pytorch_model\.bin, a pickle"),
     "a path up": (point_to("../outside.safetensors"), f"{INDEX}: .*path `../outside.safetensors`"),
     "an absolute path": (point_to("{}/outside.safetensors"), f"{INDEX}: .*found the path `/"),

@@ -408,7 +408,7 @@ def test_everything_wrong_is_listed(data: Path) -> None:
         ('name = "sharp focus"', 'name = "all"', "`all`, which is reserved"),
         ("default", "defualt", "unknown field `defualt`"),
         ("default = 0.5", 'default = "0.5"', "line 13"),
-        ("default = 0.5", "default = 1e300", "label `sharp focus` with an infinite weight"),
+        ("default = 0.5", "default = 1e300", "label `sharp focus` with default inf"),
     ],
 )
 def test_labels_are_checked_before_anything_is_loaded(

@@ -101,7 +101,7 @@ fn hidden_states_are_those_of_candle_transformers() -> Result<()> {
 #[test]
 fn values_on_a_base_are_the_difference_through_its_own_value_weights() -> Result<()> {
     let base = Checkpoint::open(BASE).unwrap();
-    let labels = Labels::from_lines("red: bright red; blue | grey", Start::TrainingFree).unwrap();
+    let labels = Labels::from_entries(["red: bright red", "blue"], Start::TrainingFree).unwrap();
     let options = InitOptions {
         start: Start::TrainingFree,
         ..InitOptions::default()
@@ -133,7 +133,7 @@ fn values_on_a_base_are_the_difference_through_its_own_value_weights() -> Result
 #[test]
 fn a_base_of_other_layers_is_refused() {
     let base = Checkpoint::open(BASE).unwrap();
-    let labels = Labels::from_lines("red", Start::TrainingFree).unwrap();
+    let labels = Labels::from_entries(["red"], Start::TrainingFree).unwrap();
     let features = vmix::Tensor::new([1, 2, 768], Data::F32(vec![0.0; 2 * 768]));
     let sd15 = training_free_adapter(&labels, &features, 77, Vec::new()).unwrap();
     let own = crate::parts::small().adapter().unwrap();

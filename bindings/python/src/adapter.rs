@@ -169,7 +169,14 @@ impl Adapter {
 
     fn __repr__(&self) -> String {
         let names: Vec<_> = self.0.labels().iter().map(|label| &label.name).collect();
-        format!("Adapter(base={}, labels={names:?})", self.0.base())
+        let experimental = match self.0.projection() {
+            vmix::ProjectionKind::Difference => ", training-free (EXPERIMENTAL)",
+            vmix::ProjectionKind::Learned => "",
+        };
+        format!(
+            "Adapter(base={}, labels={names:?}{experimental})",
+            self.0.base()
+        )
     }
 }
 

@@ -10,29 +10,38 @@ use pyo3::{
 use vmix::{InitOptions, Labels, Start};
 
 use crate::{
+    VMixError,
     adapter::{Adapter, Label, labels},
     selection,
     tensor::{Tensor, import},
     to_py,
 };
 
-/// A path to a `labels.toml`, a list of lines, or None for the default labels.
+/// A path to a `labels.toml`, a list of labels as they are typed, or None for the default ones.
 fn read_labels(given: Option<&Bound<'_, PyAny>>, start: Start) -> PyResult<Labels> {
     let Some(given) = given else {
         return Ok(Labels::standard(start));
     };
     if !given.is_instance_of::<PyString>()
-        && let Ok(lines) = given.extract::<Vec<String>>()
+        && let Ok(entries) = given.extract::<Vec<String>>()
     {
-        return Labels::from_lines(&lines.join("\n"), start).map_err(to_py);
+        let entries = entries.iter().map(String::as_str);
+        return Labels::from_entries(entries, start).map_err(to_py);
     }
-    let path: PathBuf = given.extract().map_err(|_| {
-        PyTypeError::new_err("labels: expected a path to a labels.toml, or a list of texts")
-    })?;
+    let expected = "labels: expected a path to a labels.toml, or a list of texts";
+    let path: PathBuf = given
+        .extract()
+        .map_err(|_| PyTypeError::new_err(expected))?;
+    if !path.exists() {
+        let found = path.display();
+        return Err(VMixError::new_err(format!(
+            "{expected}, found no file {found}"
+        )));
+    }
     Labels::open_toml(path, start).map_err(to_py)
 }
 
-/// The labels of a `labels.toml` or of a list of lines; without either the default ones.
+/// The labels of a `labels.toml` or of a list of texts; without either the default ones.
 #[pyfunction]
 #[pyo3(signature = (source=None, *, training_free=false))]
 pub fn read_label_list(
@@ -50,6 +59,8 @@ fn start(training_free: bool) -> Start {
     }
 }
 
+/// A new adapter for a checkpoint and a list of labels. It changes nothing before it is trained; with
+/// `training_free` it works at once, which is EXPERIMENTAL and not the trained adapter of the paper.
 #[pyfunction]
 #[pyo3(signature = (
     base, labels=None, *, training_free=false, dtype=None, seed=0, progress=None
@@ -72,11 +83,7 @@ pub fn init_adapter(
     };
     let checkpoint = py.detach(|| vmix::Checkpoint::open(base)).map_err(to_py)?;
     let encoder = py.detach(|| checkpoint.text_encoder()).map_err(to_py)?;
-    let warnings = match start {
-        Start::Training => encoder.warnings(&labels).map_err(to_py)?,
-        Start::TrainingFree => Vec::new(), // whose negatives need not be rare
-    };
-    for warning in warnings {
+    for warning in encoder.warnings(&labels, start).map_err(to_py)? {
         let warning = std::ffi::CString::new(warning).expect("labels have no NUL characters");
         PyErr::warn(py, &py.get_type::<PyUserWarning>(), &warning, 1)?;
     }
@@ -94,6 +101,8 @@ pub fn init_adapter(
     }
 }
 
+/// EXPERIMENTAL: what `init_adapter` makes with `training_free`, from features [N, 2, d] that a host's
+/// own text encoder gave.
 #[pyfunction]
 #[pyo3(signature = (labels, features, *, context_tokens=77, layers=None))]
 pub fn training_free_adapter(

@@ -104,8 +104,13 @@ impl Values {
     }
 
     fn __repr__(&self) -> String {
+        let projection = self.0.metadata().remove("vmix.projection");
+        let experimental = match projection.as_deref() {
+            Some("difference") => ", training-free (EXPERIMENTAL)",
+            _ => "",
+        };
         format!(
-            "Values(base={}, layers={}, dtype={}, apply_to={})",
+            "Values(base={}, layers={}, dtype={}, apply_to={}{experimental})",
             self.0.base(),
             self.0.layers().len(),
             self.0.dtype(),
