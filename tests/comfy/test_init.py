@@ -293,7 +293,7 @@ def clip(loaded: Any) -> Any:
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ("", "labels: expected a list of labels .* found an empty list"),
+        ("", "labels: expected a list of labels.* found an empty list"),
         ("# nothing", "an empty list"),
         ("a; a", "twice|two labels"),
         ("all", "reserved"),
