@@ -55,12 +55,12 @@ impl Checkpoint {
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         if !path.exists() {
-            let expected = "a safetensors file or the folder of a diffusers pipeline";
-            return Err(Error::argument(
-                path.display().to_string(),
-                expected,
-                "no such file or folder",
-            ));
+            let missing = "no such file or folder; expected a safetensors file, or the folder of a \
+                           diffusers pipeline";
+            return Err(Error::Io {
+                path: path.to_owned(),
+                source: std::io::Error::new(std::io::ErrorKind::NotFound, missing),
+            });
         }
         if path.is_dir() {
             return Self::from_folder(path);

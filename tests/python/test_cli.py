@@ -1083,7 +1083,7 @@ ERRORS: dict[str, tuple[list[str], str]] = {
     "missing base to bake": (["bake", "free", "-b", "missing"], "missing: .*no such file"),
     "adapter as base to bake": (["bake", "free", "-b", "adapter"], "adapter: .*cross-attention"),
     "folder as base to bake": (["bake", "free", "-b", "folder"], "folder: .*without `unet`"),
-    "missing base": (["init", "-b", "missing"], "missing: expected a safetensors file or.*no such"),
+    "missing base": (["init", "-b", "missing"], "missing: no such file or folder; expected"),
     "adapter as base": (["init", "-b", "adapter"], "adapter: .*cross-attention"),
     "preset as base": (["init", "-b", "preset"], "preset: .*cross-attention"),
     "text as base": (["init", "-b", "text"], "text: not a safetensors file"),
