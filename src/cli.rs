@@ -326,7 +326,7 @@ fn selection(given: &[String], labels: &Labels) -> Result<Selection> {
             // Names may have that sign themselves.
             Some((name, weight)) if !is_label(entry) => {
                 let name = name.trim();
-                if ["all", "none"].contains(&name) {
+                if Labels::RESERVED.contains(&name) {
                     return Err(format!("--select {entry:?}: `{name}` takes no weight").into());
                 }
                 let number = weight.trim().parse::<f32>().ok().filter(|w| w.is_finite());
@@ -338,7 +338,7 @@ fn selection(given: &[String], labels: &Labels) -> Result<Selection> {
                 })?;
                 Ok((LabelKey::from(name), number))
             }
-            _ if ["all", "none"].contains(&entry.as_str()) => {
+            _ if Labels::RESERVED.contains(&entry.as_str()) => {
                 Err(format!("--select {entry:?}: stands alone, without other labels").into())
             }
             _ => Ok((LabelKey::from(entry.as_str()), 1.0)),

@@ -6,7 +6,7 @@ use serde::Deserialize;
 
 use crate::{Error, Label, Labels, Result, Start, component::read};
 
-/// Distinct rare tokens of CLIP's vocabulary: one token each, of the last tenth by frequency, and no
+/// Distinct rare tokens of CLIP's vocabulary: one token each, of the last fifth by frequency, and no
 /// word. They stand for "not having the label" (paper, section 3.2) where a list says nothing else.
 /// Without training the empty text does, which was measured to be better (docs/training-free).
 const RARE: [&str; 30] = [
@@ -158,7 +158,7 @@ impl Entry {
         if name.chars().any(char::is_control) {
             return Err(format!("label {name:?}, which has a control character"));
         }
-        if ["all", "none"].contains(&name.to_lowercase().as_str()) {
+        if Labels::RESERVED.contains(&name.to_lowercase().as_str()) {
             return Err(format!("a label named `{name}`, which is reserved"));
         }
         if self

@@ -96,7 +96,7 @@ pub struct Labels(Vec<Label>);
 
 impl Labels {
     /// Names that mean a whole selection and therefore cannot be labels.
-    const RESERVED: [&str; 2] = ["all", "none"];
+    pub(crate) const RESERVED: [&str; 2] = ["all", "none"];
 
     /// Reads and checks the JSON list of `vmix.labels`; the error says what was found instead.
     pub(crate) fn from_json(json: &str) -> Result<Self, String> {

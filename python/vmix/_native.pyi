@@ -252,7 +252,7 @@ def init_adapter(
     `training_free` makes a file that works at once instead: **experimental**, and not the trained
     adapter of the paper (docs/training-free).
 
-    `labels` is a path to a labels.toml, or a list of lines "name", "name: positive text" or
+    `labels` is a path to a labels.toml, or a list of texts "name", "name: positive text" or
     "name: positive text | negative text" (docs/labels.md); without it, seven default labels.
     `progress` is called with how many of how many steps are done."""
 
