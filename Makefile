@@ -18,7 +18,7 @@ COMFY_VENV ?= target/comfy-venv/$(notdir $(COMFYUI_PATH))
 COMFY_PY := $(COMFY_VENV)/bin/python
 
 .PHONY: help setup test test-c test-full test-comfy fuzz lint demo demo-report bench bench-c \
-	bench-comfy headers wheel install requirements clean
+	bench-comfy bench-train headers wheel install requirements clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -110,6 +110,9 @@ bench: .venv/ready ## ratios to vanilla diffusers, to safetensors + torch, and t
 	$(PY) benches/bench_values.py
 	$(PY) benches/bench_diffusers.py
 	$(PY) benches/bench_encoder.py
+
+bench-train: setup ## step time and memory of the trainer, as ratios to a LoRA's
+	$(PY) benches/bench_train.py
 
 bench-comfy: $(COMFY_VENV)/ready ## ratios to a vanilla ComfyUI, of COMFYUI_PATH
 	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_PY) benches/bench_comfy.py

@@ -52,7 +52,9 @@ pub use adapter::Adapter;
 pub use attention::{Attention, attention, mix_values};
 pub use checkpoint::Checkpoint;
 #[cfg(feature = "clip")]
-pub use clip::{Activation, ClipConfig, ClipOutput, ClipTextModel, TextEncoder, Tokenizer};
+pub use clip::{
+    Activation, CLIP_MERGES, ClipConfig, ClipOutput, ClipTextModel, TextEncoder, Tokenizer,
+};
 pub use error::Error;
 #[cfg(feature = "clip")]
 pub use init::{InitOptions, Start, init_adapter, training_free_adapter};

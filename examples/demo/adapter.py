@@ -24,12 +24,15 @@ COMMON = [
     "--lr_scheduler=cosine",
     "--lr_warmup_steps=20",
     "--text_dropout=0.1",
+    "--report_to=none",
+    "--checkpointing_steps=250",
+    "--resume_from_checkpoint=latest",
     "--license=CC-BY-4.0",
     "--author=vmix-adapter contributors",
     "--seed=0",
 ]
-VMIX = ["--learning_rate=1e-2", "--max_train_steps=1000"]
-LORA = ["--rank=4", "--lora_learning_rate=2e-4"]
+VMIX = ["--learning_rate=1e-2", "--max_train_steps=1000", "--rank=0"]
+LORA = ["--lora_learning_rate=2e-4", "--rank=4"]
 RUNS = {
     "adapter": [*VMIX, "--apply_to=cond", "--title=VMix demo adapter"],
     # For the report: the other way to train the unconditional pass, and the paper's table 3.
@@ -61,10 +64,11 @@ def main() -> None:
             f"--train_data_dir={images}",
             f"--labels={HERE / 'labels.toml'}",
             f"--output_dir={folder}",
+            f"--cache_dir={args.work / 'cache'}",
         ]
         print(f"--- {name}", flush=True)
         subprocess.run(command, check=True)
-        for file, suffix in (("vmix", ""), ("pytorch_lora_weights", "-lora")):
+        for file, suffix in (("vmix", ""), ("vmix-lora", "-lora")):
             made = folder / f"{file}.safetensors"
             if made.exists():
                 out = args.out or (DEMO if name == "adapter" else HERE)

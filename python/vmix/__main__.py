@@ -2,14 +2,38 @@
 
 import signal
 import sys
+from importlib import import_module
 
 from vmix._native import run_command
 
+COMMANDS = {
+    "train": "Train an adapter, from images or from the base's own pictures",
+    "label": "Score images and propose labels for training",
+    "eval": "Compare adapters, strengths and baselines on prompts",
+}
+"""What is written in Python: `vmix.<name>`, with what the extra `train` installs."""
+
 
 def main() -> None:
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in COMMANDS:
+        name = arguments[0]
+        try:
+            command = import_module(f"vmix.{name}.__main__")
+        except ModuleNotFoundError as error:
+            if error.name and error.name.startswith("vmix"):
+                raise
+            sys.exit(f"vmix {name} needs {error.name}: pip install 'vmix-adapter[train]'")
+        sys.argv = [f"vmix {name}", *arguments[1:]]
+        command.main()
+        return
     # Python would note Ctrl-C and wait for the native code to return.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.exit(run_command(["vmix", *sys.argv[1:]]))
+    status = run_command(["vmix", *arguments])
+    if arguments in ([], ["-h"], ["--help"]):
+        listing = "\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items())
+        print(f"\nWritten in Python:\n{listing}", file=sys.stderr if status else sys.stdout)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

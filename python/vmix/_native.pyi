@@ -196,6 +196,9 @@ class Tokenizer:
     def why_not_rare(self, text: str) -> str | None:
         """What speaks against a text as a rare identifier (paper, section 3.2), if anything."""
 
+def clip_merges() -> str:
+    """The merges of CLIP's vocabulary, a pair on each line after a line of comment."""
+
 @final
 class TextEncoder:
     """The text encoders of a checkpoint: CLIP-L (SD1.5), or CLIP-L and OpenCLIP bigG (SDXL)."""

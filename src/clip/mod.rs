@@ -14,7 +14,7 @@ use crate::{
 
 pub use config::{Activation, ClipConfig};
 pub use model::{ClipOutput, ClipTextModel};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{CLIP_MERGES, Tokenizer};
 
 use model::{Hidden, first_end};
 pub(crate) use names::Names;

@@ -21,7 +21,7 @@ use tokenizers::{
 use crate::{Error, Result, component::read};
 
 /// The merges of OpenAI's CLIP, which every Stable Diffusion text encoder uses.
-const MERGES: &str = include_str!("merges.txt");
+pub static CLIP_MERGES: &str = include_str!("merges.txt");
 /// How CLIP ends a word.
 const END_OF_WORD: &str = "</w>";
 const WORDS: &str =
@@ -110,7 +110,8 @@ impl Tokenizer {
     /// The tokenizer of OpenAI's CLIP, with a vocabulary of 49,408 tokens.
     pub fn clip() -> Self {
         static CLIP: LazyLock<Tokenizer> = LazyLock::new(|| {
-            let merges = parse_merges(MERGES).expect("the merges that this library brings along");
+            let merges =
+                parse_merges(CLIP_MERGES).expect("the merges that this library brings along");
             let mut vocab = Vocab::default();
             let mut add = |token: String| {
                 let id = u32::try_from(vocab.len()).expect("49,408 tokens");

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import string
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -16,16 +14,16 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from vmix import Adapter, init_adapter
+from vmix.dataset import Example
 from vmix.train.base import Base
-from vmix.train.data import (
-    Batches,
-    Example,
-    Pixels,
-    TrainingError,
-    read_examples,
-)
-from vmix.train.loop import denoising_loss, main, parse_args, train
+from vmix.train.data import to_pixels, usable_images
+from vmix.train.denoising import Denoising
+from vmix.train.errors import TrainingError
+from vmix.train.loop import main
 from vmix.train.model import Denoiser, ValueBranch
+from vmix.train.objective import Chances
+from vmix.train.options import check_args, parse_args
+from vmix.train.order import Order, OwnBatches
 
 LABELS = """
 [[label]]
@@ -152,7 +150,8 @@ def run(pipeline: Path, data: Path, out: Path, *more: str) -> Path:
         [
             f"--pretrained_model_name_or_path={pipeline}", f"--train_data_dir={data}",
             f"--labels={data / 'labels.toml'}", f"--output_dir={out}", "--train_batch_size=4",
-            "--max_train_steps=4", "--learning_rate=1e-2", "--dtype=f32", *more,
+            "--max_train_steps=4", "--learning_rate=1e-2", "--dtype=f32", "--rank=0",
+            "--report_to=none", *more,
         ]
     )  # fmt: skip
     return out
@@ -172,19 +171,22 @@ def test_step_zero_is_the_base(tmp_path: Path, xl: bool) -> None:
     base = Base(str(pipeline), torch.device("cpu"), torch.float32)
     context, pooled = base.text(["a dog", "a cat"])
     sample, steps = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
-    conditions = base.conditions(pooled, SIDE)
+    sizes = torch.tensor([SIDE, SIDE, 0, 0, SIDE, SIDE]).expand(2, -1)
+    conditions = base.conditions(pooled, sizes)
     plain = base.unet(sample, steps, context, added_cond_kwargs=conditions).sample
 
     branch = ValueBranch(init_adapter(pipeline, ["vibrant color", "sharp focus"], dtype="float32"))
     denoiser = Denoiser(base.unet, branch)
-    labels = branch.aes_emb[:, 0].expand(2, 2, -1)
+    weights = torch.ones(2, 2)
     mixed = torch.ones(2)
-    assert torch.equal(denoiser(sample, steps, context, labels, mixed, conditions), plain)
+    assert torch.equal(denoiser(sample, steps, context, weights, mixed, conditions), plain)
 
     torch.nn.init.normal_(branch.zero.bias)
-    steered = denoiser(sample, steps, context, labels, torch.tensor([1.0, 0.0]), conditions)
+    steered = denoiser(sample, steps, context, weights, torch.tensor([1.0, 0.0]), conditions)
     assert not torch.allclose(steered[0], plain[0], atol=1e-4)
     assert torch.equal(steered[1], plain[1]), "an image without mixed values must not be touched"
+    alone = denoiser(sample, steps, context, conditions=conditions)
+    assert torch.equal(alone, plain), "without weights the U-Net is its own"
 
 
 def test_mixing_is_the_two_branches_of_the_paper(pipeline: Path) -> None:
@@ -226,7 +228,7 @@ def test_training_moves_the_loss_and_leaves_the_base(
         "up_blocks.1.attentions.0.transformer_blocks.0.attn2",
         "up_blocks.1.attentions.1.transformer_blocks.0.attn2",
     }
-    lora = load_file(out / "pytorch_lora_weights.safetensors")
+    lora = load_file(out / "demo-lora.safetensors")
     assert any("conv1" in name for name in lora)
     assert any("attn1.to_q" in name for name in lora)
 
@@ -266,7 +268,7 @@ def test_lora_alone(pipeline: Path, data: Path, tmp_path: Path) -> None:
     assert not (out / "vmix.safetensors").exists()
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
     plain = pipe.unet.state_dict()["mid_block.attentions.0.proj_in.weight"].clone()
-    pipe.load_lora_weights(out)
+    pipe.load_lora_weights(out, weight_name="vmix-lora.safetensors")
     pipe.fuse_lora()
     module = pipe.unet.mid_block.attentions[0].proj_in
     assert not torch.equal(getattr(module, "base_layer", module).weight, plain)
@@ -281,7 +283,7 @@ def test_resume_is_bit_exact(pipeline: Path, data: Path, tmp_path: Path, more: l
     (half / "checkpoint-3").parent.mkdir()
     (whole / "checkpoint-3").rename(half / "checkpoint-3")
     run(pipeline, data, half, "--resume_from_checkpoint=latest", *more)
-    for file in ("vmix.safetensors", "pytorch_lora_weights.safetensors"):
+    for file in ("vmix.safetensors", "vmix-lora.safetensors"):
         first, second = load_file(whole / file), load_file(half / file)
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
@@ -338,12 +340,11 @@ def test_it_learns_a_label(pipeline: Path, data: Path, tmp_path: Path) -> None:
     t = torch.tensor([999, 999])
     noisy = base.scheduler.add_noise(latents, noise, t)
     target = -latents
-    emb = branch.aes_emb
-    right = torch.stack([torch.stack([emb[0, 1], emb[1, 1]]), torch.stack([emb[0, 0], emb[1, 1]])])
+    right = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     with torch.no_grad():
         losses = [
-            float((denoiser(noisy, t, context, f, torch.ones(2)) - target).square().mean())
-            for f in (right, right.flip(0))
+            float((denoiser(noisy, t, context, w, torch.ones(2)) - target).square().mean())
+            for w in (right, right.flip(0))
         ]
     assert losses[0] < losses[1]
 
@@ -373,8 +374,10 @@ def test_training_starts_from_what_init_makes(pipeline: Path, data: Path, tmp_pa
 
 
 def test_missing_labels_are_negative(data: Path) -> None:
-    weights = [example.weights for example in read_examples(data, NAMES)]
+    weights = [image.weights for image in usable_images(data, NAMES)]
     assert weights == [(0, 1), (1, 0), (0, 0), (1, 1), (0, 0), (1, 0)]
+    weights = [image.weights for image in usable_images(data, NAMES, missing="unknown")]
+    assert weights == [(0, 1), (1, 0.5), (0, 0.5), (1, 1), (0, 0.5), (1, 0.5)]
 
 
 def test_everything_wrong_is_listed(data: Path) -> None:
@@ -388,18 +391,28 @@ def test_everything_wrong_is_listed(data: Path) -> None:
     ]
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n")
     with pytest.raises(TrainingError) as error:
-        read_examples(data, NAMES)
+        usable_images(data, NAMES)
     for part in (
-        "line 1: unknown label 'vivid'",
-        "line 2: no such image: gone.png",
-        "line 3: 1.png has no aesthetics",
-        "line 4: KeyError: 'text'",
-        "line 5: a label is neither",
-        "line 6: not an image: labels.toml",
-        "line 7: JSONDecodeError",
-        "label 'sharp focus' is the same in every image",
+        "0.png: unknown label 'vivid'",
+        "gone.png: no such image",
+        "1.png: no aesthetics",
+        "metadata.jsonl, line 4: no 'text'",
+        "metadata.jsonl, line 5: label 'sharp focus': expected 1 or positive",
+        "labels.toml: not an image",
+        "metadata.jsonl, line 7: Expecting property name",
+        "no usable image",
     ):
         assert part in str(error.value)
+
+
+def test_a_label_that_is_the_same_everywhere(data: Path) -> None:
+    lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["aesthetics"] = {"vibrant color": line["aesthetics"]["vibrant color"]}
+    (data / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for skip in (False, True):
+        with pytest.raises(TrainingError, match="'sharp focus' is the same in every image"):
+            usable_images(data, NAMES, skip=skip)
 
 
 @pytest.mark.parametrize(
@@ -449,35 +462,34 @@ def test_a_base_whose_config_asks_for_half_precision(data: Path, tmp_path: Path)
     assert (run(pipeline, data, tmp_path / "out") / "vmix.safetensors").exists()
 
 
-def test_timesteps_stay_in_range(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timesteps_stay_in_range(monkeypatch: pytest.MonkeyPatch) -> None:
     """In float32 the last 1/count of the range may round up to its end."""
-    base = Base(str(pipeline), torch.device("cpu"), torch.float32)
-    seen = []
-
-    def model(_: Any, timesteps: torch.Tensor, *__: Any) -> torch.Tensor:
-        seen.append(timesteps)
-        return torch.zeros(8, 4, 8, 8)
-
-    inputs = SimpleNamespace(
-        moments=lambda *_: torch.zeros(8, 8, 8, 8),
-        text=lambda *_: (torch.zeros(8, TOKENS, 32), None),
-        labels=lambda _: torch.zeros(8, 2, 32),
-        resolution=SIDE,
-    )
-    args = argparse.Namespace(text_dropout=0.0, apply_to="both")
     almost_one = torch.tensor(1.0).nextafter(torch.tensor(0.0))
     monkeypatch.setattr(torch, "rand", lambda count, **_: almost_one.expand(count))
-    batch = (torch.arange(8), torch.empty(0))
-    any_inputs: Any = inputs
-    denoising_loss(base, cast(Any, model), any_inputs, batch, torch.Generator(), args)
-    assert seen[0].max() == 999
+    assert Chances.of(range(8), 0, (4, 8, 8), 2, 8, 999).timesteps.max() == 999
+
+
+def test_what_chance_gives_depends_on_the_number_alone() -> None:
+    whole = Chances.of(range(10, 16), 0, (4, 8, 8), 2, 6, 999)
+    part = Chances.of([15, 12], 0, (4, 8, 8), 2, 6, 999)
+    for name in ("drop", "label_drop", "timesteps", "latent_noise", "noise"):
+        assert torch.equal(getattr(whole, name)[[5, 2]], getattr(part, name)), name
+    # one timestep from each sixth of the range
+    assert sorted((whole.timesteps * 6 // 1000).tolist()) == list(range(6))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_who_knows_the_picture_has_no_loss(tmp_path: Path, prediction: str) -> None:
+def test_who_knows_the_picture_has_no_loss(tmp_path: Path, data: Path, prediction: str) -> None:
     """The target, from the picture and what the model is shown, by the definitions of ε and v."""
     base = Base(str(_pipeline(tmp_path, prediction)), torch.device("cpu"), torch.float32)
-    mean = torch.randn(8, 4, 8, 8)
+    args = parse_args(
+        [
+            "--pretrained_model_name_or_path=x", "--output_dir=y", "--train_batch_size=6",
+            "--text_dropout=0",
+        ]
+    )  # fmt: skip
+    objective = Denoising(base, usable_images(data, NAMES), args, 1)
+    mean = torch.randn(6, 4, 8, 8)
     picture = mean * base.pipe.vae.config.scaling_factor
 
     def model(noisy: torch.Tensor, timesteps: torch.Tensor, *_: Any) -> torch.Tensor:
@@ -486,23 +498,22 @@ def test_who_knows_the_picture_has_no_loss(tmp_path: Path, prediction: str) -> N
         velocity = signal.sqrt() * noise - (1 - signal).sqrt() * picture
         return noise if prediction == "epsilon" else velocity
 
-    inputs = SimpleNamespace(
-        moments=lambda *_: torch.cat([mean, torch.full_like(mean, -60)], dim=1),
-        text=lambda *_: (torch.zeros(8, TOKENS, 32), None),
-        labels=lambda _: torch.zeros(8, 2, 32),
-        resolution=SIDE,
-    )
-    args = argparse.Namespace(text_dropout=0.0, apply_to="both")
-    batch = (torch.arange(8), torch.empty(0))
-    random = torch.Generator().manual_seed(0)
-    loss = denoising_loss(base, cast(Any, model), cast(Any, inputs), batch, random, args)
+    batch = {
+        "number": range(6),
+        "index": list(range(6)),
+        "moments": torch.cat([mean, torch.full_like(mean, -60)], dim=1),
+        "context": torch.zeros(6, TOKENS, 32),
+        "pooled": torch.zeros(6, 0),
+        "sizes": torch.zeros(6, 6),
+    }
+    loss = objective.loss(cast(Any, model), batch)
     assert loss < 1e-6  # rounding, which low noise amplifies, and a picture's least deviation
 
 
 def test_arguments_are_checked(pipeline: Path, data: Path, tmp_path: Path) -> None:
     args = ["--pretrained_model_name_or_path=x", f"--train_data_dir={data}", "--output_dir=y"]
     with pytest.raises(TrainingError, match="nothing to train"):
-        train(parse_args([*args, "--no_vmix"]))
+        check_args(parse_args([*args, "--no_vmix", "--rank=0"]))
     with pytest.raises(SystemExit, match="--labels is missing"):
         main(args)
     (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
@@ -511,20 +522,22 @@ def test_arguments_are_checked(pipeline: Path, data: Path, tmp_path: Path) -> No
         main(args)
     defaults = parse_args(args)
     assert (defaults.train_batch_size, defaults.max_train_steps) == (256, 50_000)
+    assert defaults.rank == 64
 
 
 def test_batches_see_every_image_once_an_epoch_and_resume_anywhere() -> None:
-    def take(count: int, *where: int) -> list[list[int]]:
-        batches = iter(Batches(6, 4, 0, *where))
+    def take(count: int, batch: int, start: int = 0, rank: int = 0, world: int = 1) -> list[Any]:
+        batches = iter(OwnBatches(Order([0] * 6, batch, 0), start, rank, world))
         return [next(batches) for _ in range(count)]
 
-    stream = [i for batch in take(6, 0, 0, 1) for i in batch]
+    stream = [i for batch in take(6, 4) for _, i in batch]
     for start in range(0, 24, 6):
         assert sorted(stream[start : start + 6]) == list(range(6))
     assert stream[:6] != stream[6:12], "epochs are shuffled anew"
-    assert take(4, 2, 0, 1) == take(6, 0, 0, 1)[2:]
-    first, second = take(3, 0, 0, 2), take(3, 0, 1, 2)
-    assert [b for pair in zip(first, second, strict=True) for b in pair] == take(6, 0, 0, 1)
+    assert take(4, 4, 2) == take(6, 4)[2:]
+    first, second = take(3, 4, 0, 0, 2), take(3, 4, 0, 1, 2)
+    assert [a + b for a, b in zip(first, second, strict=True)] == take(3, 4)
+    assert [p for b in take(6, 2) for p in b] == [p for b in take(3, 4) for p in b], "accumulation"
 
 
 def test_pixels_are_what_a_viewer_shows(tmp_path: Path) -> None:
@@ -534,29 +547,34 @@ def test_pixels_are_what_a_viewer_shows(tmp_path: Path) -> None:
     exif[0x0112] = 6
     turned.save(tmp_path / "turned.png", exif=exif)
     Image.new("RGBA", (SIDE, SIDE), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    examples = [Example(tmp_path / name, "x", ()) for name in ("turned.png", "clear.png")]
-    pixels = Pixels(examples, SIDE)[0][1]
+    pixels, clear = (
+        to_pixels(Example(name, "x", {}, tmp_path / name), (SIDE, SIDE))[0]
+        for name in ("turned.png", "clear.png")
+    )
     assert (pixels[:, :, SIDE // 2 :] == -1).all()  # EXIF 6: a quarter turn to the right
     assert (pixels[:, :, : SIDE // 2] == 1).all()
-    assert (Pixels(examples, SIDE)[1][1] == 1).all(), "transparent is white"
+    assert (clear == 1).all(), "transparent is white"
 
 
 def test_captions_may_hold_any_character(data: Path) -> None:
     line = json.dumps(
-        {"file_name": "1.png", "text": "one\u2028two", "aesthetics": {}}, ensure_ascii=False
+        {"file_name": "6.png", "text": "one\u2028two", "aesthetics": {}}, ensure_ascii=False
     )
+    Image.new("RGB", (SIDE, SIDE)).save(data / "6.png")
     with (data / "metadata.jsonl").open("a", encoding="utf-8") as listing:
         listing.write(line.replace("{}", '{"sharp focus": 1}') + "\n")
         listing.write(line.replace('"one\u2028two"', "null").replace("{}", '{"sharp focus": 1}'))
     with pytest.raises(TrainingError) as error:
-        read_examples(data, NAMES)
-    assert str(error.value).split(":\n")[1].strip() == f"line {COUNT + 2}: text is not a string"
+        usable_images(data, NAMES)
+    assert str(error.value).split(":\n")[1].splitlines()[0].strip() == (
+        f"metadata.jsonl, line {COUNT + 2}: file_name and text: expected strings"
+    )
 
 
 def test_pixels_are_cropped_at_the_centre(data: Path) -> None:
-    examples = read_examples(data, NAMES)
-    index, pixels = Pixels(examples, SIDE)[3]
-    with Image.open(examples[3].image) as image:
-        expected = np.asarray(image)[:, 2:-2].astype(np.float32) / 127.5 - 1
-    assert index == 3
+    image = usable_images(data, NAMES)[3]
+    pixels, sizes = to_pixels(image.example, (SIDE, SIDE))
+    with Image.open(image.example.file) as file:
+        expected = np.asarray(file)[:, 2:-2].astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(pixels.permute(1, 2, 0).numpy(), expected, atol=1e-6)
+    assert sizes.tolist() == [SIDE, SIDE + 4, 0, 2, SIDE, SIDE]

@@ -164,6 +164,12 @@ impl Tokenizer {
     }
 }
 
+/// The merges of OpenAI's CLIP, one `a b` per line, after a line of comment.
+#[pyfunction]
+pub fn clip_merges() -> &'static str {
+    vmix::CLIP_MERGES
+}
+
 #[pyclass(module = "vmix", frozen)]
 pub struct TextEncoder(vmix::TextEncoder);
 

@@ -34,8 +34,8 @@ mod _native {
     use super::attention::attention;
     #[pymodule_export]
     use super::init::{
-        ClipOutput, TextEncoder, Tokenizer, init_adapter, read_label_list, run_command,
-        training_free_adapter,
+        ClipOutput, TextEncoder, Tokenizer, clip_merges, init_adapter, read_label_list,
+        run_command, training_free_adapter,
     };
     #[pymodule_export]
     use super::tensor::Tensor;

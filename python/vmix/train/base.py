@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from importlib import import_module
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vmix.train.data import TrainingError
+from vmix.train.errors import TrainingError
+from vmix.train.single_file import load_pipeline
 
 
 class Base:
     """The frozen pipeline, and what the trainer asks of it, with one text encoder or SDXL's two."""
 
-    def __init__(self, path: str, device: torch.device, dtype: torch.dtype) -> None:
-        diffusers: Any = import_module("diffusers")
-        try:
-            name = diffusers.DiffusionPipeline.load_config(path)["_class_name"]
-            if not Path(path).is_dir():  # a repository of the hub
+    def __init__(
+        self,
+        path: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        prediction_type: str | None = None,
+    ) -> None:
+        import diffusers
+
+        if not Path(path).exists():  # a repository of the hub
+            try:
                 path = diffusers.DiffusionPipeline.download(path)
-        except OSError as error:
-            raise TrainingError(f"{path}: {error}") from error
-        self.folder = path
-        if name not in ("StableDiffusionPipeline", "StableDiffusionXLPipeline"):
-            raise TrainingError(
-                f"{path} is a {name}; expected StableDiffusionPipeline or StableDiffusionXLPipeline"
-            )
-        self.xl = name == "StableDiffusionXLPipeline"
-        optional = {} if self.xl else {"safety_checker": None, "requires_safety_checker": False}
-        self.pipe: Any = getattr(diffusers, name).from_pretrained(path, **optional)
+            except OSError as error:
+                raise TrainingError(f"{path}: {error}") from error
+        self.pipe: Any = load_pipeline(path, prediction_type=prediction_type)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.path = path
+        self.xl = type(self.pipe).__name__ == "StableDiffusionXLPipeline"
         self.unet: Any = self.pipe.unet
         self.scheduler: Any = diffusers.DDPMScheduler.from_config(self.pipe.scheduler.config)
         if self.scheduler.config.prediction_type not in ("epsilon", "v_prediction"):
@@ -38,15 +43,39 @@ class Base:
                 f"prediction_type {self.scheduler.config.prediction_type} is unknown"
             )
         self.device, self.dtype = device, dtype
-        for module in (
-            self.pipe.text_encoder,
-            getattr(self.pipe, "text_encoder_2", None),
-            self.unet,
-        ):
-            if module is not None:  # its own config may ask for half precision
-                module.requires_grad_(False).eval().to(device, dtype)
+        for module in (*self.encoders(), self.unet):  # its own config may ask for half precision
+            module.requires_grad_(False).eval().to(device, dtype)
         # float32 in any case: SDXL's overflows in half
         self.pipe.vae.requires_grad_(False).eval().to(device, torch.float32)
+        self.vae_scale = int(self.pipe.vae_scale_factor)
+        self.resolution = int(self.unet.config.sample_size * self.vae_scale)
+
+    def encoders(self) -> list[Any]:
+        models = (self.pipe.text_encoder, getattr(self.pipe, "text_encoder_2", None))
+        return [model for model in models if model is not None]
+
+    def restore_lora(self) -> None:
+        """The LoRA that is being trained acts, if there is one, and no other."""
+        adapters = getattr(self.unet, "peft_config", {})
+        if "default" in adapters:
+            self.unet.set_adapters(["default"])
+            self.unet.enable_adapters()
+        elif adapters:
+            self.unet.disable_adapters()
+
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        if getattr(self.unet, "peft_config", {}):
+            self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.restore_lora()
+
+    def place_encoders(self, device: torch.device | str) -> None:
+        """Autoencoder and text encoders: on the CPU while what they make is cached."""
+        for module in (*self.encoders(), self.pipe.vae):
+            module.to(device)
 
     @torch.no_grad()
     def text(self, captions: list[str]) -> tuple[Tensor, Tensor]:
@@ -55,28 +84,52 @@ class Base:
         The empty caption gives what the pipeline's unconditional pass uses by default.
         """
         encoded = self.pipe.encode_prompt(
-            captions, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            captions,
+            device=self.encoders()[0].device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
         )
         context = encoded[0]
         pooled = encoded[2] if self.xl else context.new_zeros(len(captions), 0)
         if self.xl and self.pipe.config.force_zeros_for_empty_prompt:
-            keep = torch.tensor([caption != "" for caption in captions], device=self.device)
+            keep = torch.tensor([caption != "" for caption in captions], device=context.device)
             context, pooled = context * keep[:, None, None], pooled * keep[:, None]
         return context, pooled
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
         """Mean and log-variance of the latents, stacked over channels."""
-        return self.pipe.vae.encode(pixels.to(self.device)).latent_dist.parameters  # type: ignore[no-any-return]
+        pixels = pixels.to(self.pipe.vae.device)
+        return self.pipe.vae.encode(pixels).latent_dist.parameters  # type: ignore[no-any-return]
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         mean, log_variance = moments.chunk(2, dim=1)
         deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
         return (mean + deviation * noise) * self.pipe.vae.config.scaling_factor  # type: ignore[no-any-return]
 
-    def conditions(self, pooled: Tensor, resolution: int) -> dict[str, Tensor] | None:
-        """SDXL's extra conditions: pooled text, and sizes as those of an uncropped image."""
-        if not self.xl:
-            return None
-        sizes = torch.tensor([resolution, resolution, 0, 0, resolution, resolution])
-        return {"text_embeds": pooled, "time_ids": sizes.to(pooled).repeat(len(pooled), 1)}
+    def conditions(self, pooled: Tensor, sizes: Tensor) -> dict[str, Tensor] | None:
+        """SDXL's extra conditions: pooled text, and sizes [B, 6] (original, crop, target)."""
+        return {"text_embeds": pooled, "time_ids": sizes.to(pooled)} if self.xl else None
+
+    def fingerprint(self, unet: bool = False) -> str:
+        """Of the files that make latents and text features (and pictures, with `unet`), wherever
+        they lie: what a cache of those belongs to."""
+        digest = hashlib.sha256(str(self.dtype).encode())
+        path = Path(self.path)
+        parts: tuple[str, ...] = (
+            "vae",
+            "text_encoder",
+            "text_encoder_2",
+            "tokenizer",
+            "tokenizer_2",
+        )
+        parts += ("unet", "scheduler") if unet else ()
+        files = [path] if path.is_file() else sorted(f for p in parts for f in (path / p).glob("*"))
+        for file in files:
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}".encode())
+            with file.open("rb") as opened:
+                for place in (0, size // 2, max(0, size - 2**20)):
+                    opened.seek(place)
+                    digest.update(opened.read(2**20))
+        return digest.hexdigest()[:16]

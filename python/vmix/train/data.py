@@ -1,9 +1,11 @@
-"""Labels, examples and the order in which they are seen."""
+"""The images that are trained on: which of a set are usable, and how they become tensors."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,127 +14,157 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from vmix.dataset import DatasetError, Example, read_dataset
+from vmix.train.errors import TrainingError, complain
 
-class TrainingError(Exception):
-    """What the user has to put right before training can start; the message lists it."""
+UNKNOWN = 0.5
+"""The weight of a label that is unknown: half way between its positive and its negative."""
+MAX_ASPECT = 2.0
+
+Size = tuple[int, int]  # height, width
 
 
 @dataclass(frozen=True)
-class Example:
-    """One image of the training set; `weights` holds 1 for every label that it has, else 0."""
+class Usable:
+    """An image with all that training asks: caption, a weight for every label, the size it has."""
 
-    image: Path
+    example: Example
     caption: str
     weights: tuple[float, ...]
+    size: Size
 
 
-def complain(title: str, problems: Sequence[str], limit: int = 20) -> None:
-    """Raise one error that lists the problems, or return when there are none."""
-    if problems:
-        more = [f"… and {len(problems) - limit} more"] if len(problems) > limit else []
-        raise TrainingError("\n  ".join([f"{title}:", *problems[:limit], *more]))
+def usable_images(
+    path: Path,
+    labels: Sequence[str],
+    *,
+    missing: str = "negative",
+    skip: bool = False,
+    verify: bool = False,
+    say: Callable[[str], object] = print,
+) -> list[Usable]:
+    """The set's images, and a report of what it holds. What is missing, unreadable or unlabelled
+    is listed and ends the training, or with `skip` is left out."""
+    try:
+        data = read_dataset(path)
+    except (DatasetError, OSError, UnicodeDecodeError) as error:
+        raise TrainingError(f"--train_data_dir {error}") from error
+    problems = [f"{place}: {what}" for place, what in data.problems]
+    found: list[Usable] = []
+    known = set(labels)
+    fallback = 0.0 if missing == "negative" else None
+    counts = {name: Counter[str]() for name in labels}
+    with ThreadPoolExecutor() as pool:
+        sizes = pool.map(lambda example: _size(example, verify), data.examples)
+        for example, size in zip(data.examples, sizes, strict=True):
+            trouble = []
+            if isinstance(size, str):
+                trouble.append(size)
+            if example.caption is None:
+                trouble.append("no caption")
+            if labels and not example.aesthetics:
+                trouble.append("no aesthetics")
+            if labels:
+                unknown = sorted(set(example.aesthetics) - known)
+                trouble += [f"unknown label '{name}'" for name in unknown]
+            if trouble or isinstance(size, str) or example.caption is None:
+                problems += [f"{example.key}: {what}" for what in trouble]
+                continue
+            weights = []
+            for name in labels:
+                value = example.aesthetics.get(name, fallback)
+                weights.append(UNKNOWN if value is None else value)
+                counts[name][_kind(value)] += 1
+            found.append(Usable(example, example.caption, tuple(weights), size))
+    say(_report(path, len(data.examples), found, counts, problems))
+    same = [
+        f"label '{name}' is the same in every image, nothing to learn from"
+        for index, name in enumerate(labels)
+        if found and len({image.weights[index] for image in found}) == 1
+    ]
+    if not found:
+        problems.append("no usable image")
+    if not skip or not found or same:
+        if not skip and problems and found:
+            problems.append("(--skip_unusable trains on the rest)")
+        complain(str(path), [*same, *problems])
+    return found
 
 
-def read_examples(folder: Path, labels: Sequence[str]) -> list[Example]:
-    """The entries of `metadata.jsonl`. A label that an entry leaves out counts as negative."""
-    listing = folder / "metadata.jsonl"
-    if not listing.is_file():
-        raise TrainingError(f"{listing} does not exist; docs/training.md describes the format")
-    examples, problems = [], []
-    # Not splitlines(): JSON strings may hold other characters that it takes for line ends.
-    for number, line in enumerate(listing.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            image, caption = folder / entry["file_name"], entry["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"line {number}: {type(error).__name__}: {error}")
-            continue
-        if not isinstance(caption, str):
-            problems.append(f"line {number}: text is not a string")
-            continue
-        aesthetics = entry.get("aesthetics", {})
-        if not isinstance(aesthetics, dict):
-            problems.append(f"line {number}: aesthetics is not an object")
-            continue
-        try:
-            Image.open(image).close()  # reads no more than its header
-        except FileNotFoundError:
-            problems.append(f"line {number}: no such image: {entry['file_name']}")
-        except OSError:
-            problems.append(f"line {number}: not an image: {entry['file_name']}")
-        if labels and not aesthetics:
-            problems.append(f"line {number}: {entry['file_name']} has no aesthetics")
-        unknown = sorted(set(aesthetics) - set(labels)) if labels else []
-        problems += [f"line {number}: unknown label '{name}'" for name in unknown]
-        weights = [aesthetics.get(name, 0) for name in labels]
-        if not all(isinstance(w, (int, float)) and 0 <= w <= 1 for w in weights):
-            problems.append(f"line {number}: a label is neither 0, 1 nor between them")
-            continue
-        examples.append(Example(image, caption, tuple(float(w) for w in weights)))
-    for index, name in enumerate(labels):
-        if examples and len({example.weights[index] for example in examples}) == 1:
-            problems.append(f"label '{name}' is the same in every image, nothing to learn from")
-    if not examples:
-        problems.append("no usable entry")
-    complain(str(listing), problems)
-    return examples
+def _kind(value: float | None) -> str:
+    if value is None:
+        return "unknown"
+    return {1.0: "positive", 0.0: "negative"}.get(value, "score")
 
 
-class Pixels(torch.utils.data.Dataset[tuple[int, Tensor]]):
-    """Images as tensors in -1..1: on white, shorter side to the resolution, centre crop."""
+def _report(
+    path: Path,
+    count: int,
+    found: Sequence[Usable],
+    counts: dict[str, Counter[str]],
+    problems: Sequence[str],
+) -> str:
+    lines = [f"{path}: {count} images, {len(found)} usable"]
+    lines += [f"  not used: {problem}" for problem in problems[:10]]
+    lines += [f"  … and {len(problems) - 10} more"] if len(problems) > 10 else []
+    if counts:
+        width = max(map(len, counts))
+        kinds = ("positive", "negative", "score", "unknown")
+        lines.append(f"  {'label':<{width}}" + "".join(f"{kind:>10}" for kind in kinds))
+        for name, tally in counts.items():
+            lines.append(f"  {name:<{width}}" + "".join(f"{tally[kind]:>10}" for kind in kinds))
+    return "\n".join(lines)
 
-    def __init__(self, examples: Sequence[Example], resolution: int) -> None:
-        self.examples = examples
-        self.resolution = resolution
 
-    def __len__(self) -> int:
-        return len(self.examples)
+def _size(example: Example, verify: bool) -> Size | str:
+    """Height and width as viewers show it, or what is wrong."""
+    if example.missing:
+        return f"no such image: {example.file}"
+    try:
+        with example.open() as image:
+            if verify:
+                image.load()
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            return image.size if turned else (image.height, image.width)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        return f"not an image: {error}"
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        with Image.open(self.examples[index].image) as file:
+
+def buckets(resolution: int, step: int, max_aspect: float = MAX_ASPECT) -> list[Size]:
+    """Shapes whose sides are multiples of `step` and whose area is at most the resolution's."""
+    found = set()
+    for width in range(step, int(resolution * math.sqrt(max_aspect)) + 1, step):
+        height = resolution * resolution // width // step * step
+        if height and max(width / height, height / width) <= max_aspect:
+            found |= {(height, width), (width, height)}
+    return sorted(found) or [(resolution, resolution)]
+
+
+def nearest_bucket(size: Size, shapes: Sequence[Size]) -> Size:
+    """The one that loses least of the image; of equals the largest."""
+    ratio = math.log(size[0] / size[1])
+    return min(shapes, key=lambda s: (round(abs(math.log(s[0] / s[1]) - ratio), 9), -s[0] * s[1]))
+
+
+def to_pixels(example: Example, shape: Size) -> tuple[Tensor, Tensor]:
+    """The image in -1..1 on white, scaled to cover the shape and cropped at the centre; and SDXL's
+    sizes: height and width as it was, top and left of the crop, height and width as it is."""
+    try:
+        with example.open() as file:
             image = ImageOps.exif_transpose(file)  # as viewers show it
-        if image.has_transparency_data:
-            image = Image.alpha_composite(
-                Image.new("RGBA", image.size, "white"), image.convert("RGBA")
-            )
-        image = image.convert("RGB")
-        side = self.resolution
-        scale = side / min(image.size)
-        width, height = (max(side, round(length * scale)) for length in image.size)
-        if (width, height) != image.size:
-            image = image.resize((width, height), Image.Resampling.LANCZOS)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.crop((left, top, left + side, top + side))
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
-        return index, pixels / 127.5 - 1
-
-
-class Batches(torch.utils.data.Sampler[list[int]]):
-    """An endless shuffle, cut into this process's batches; any position of it can be resumed."""
-
-    def __init__(
-        self, count: int, batch: int, seed: int, start: int, rank: int, world: int
-    ) -> None:
-        self.count, self.batch, self.seed = count, batch, seed
-        self.start, self.rank, self.world = start, rank, world
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch, order = -1, torch.empty(0, dtype=torch.long)
-        position = (self.start * self.world + self.rank) * self.batch
-        while True:
-            indices = []
-            for place in range(position, position + self.batch):
-                if place // self.count != epoch:
-                    epoch = place // self.count
-                    order = torch.randperm(self.count, generator=generator(self.seed, 0, epoch))
-                indices.append(int(order[place % self.count]))
-            yield indices
-            position += self.world * self.batch
-
-
-def generator(*key: int) -> torch.Generator:
-    """A stream of its own for this key: what a step draws does not depend on the steps before."""
-    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) % 2**63)
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise TrainingError(f"{example.key} cannot be read: {error}") from error
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    image = image.convert("RGB")
+    original = (image.height, image.width)
+    height, width = shape
+    scale = max(height / image.height, width / image.width)
+    large = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+    if large != image.size:
+        image = image.resize(large, Image.Resampling.LANCZOS)
+    left, top = (large[0] - width) // 2, (large[1] - height) // 2
+    image = image.crop((left, top, left + width, top + height))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+    return pixels / 127.5 - 1, torch.tensor([*original, top, left, *shape], dtype=torch.float32)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from vmix import Adapter
 from vmix.train.base import Base
-from vmix.train.model import ValueBranch
+from vmix.train.errors import TrainingError
+from vmix.train.model import ValueBranch, gathered
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def trained_adapter(
@@ -23,10 +27,18 @@ def trained_adapter(
     apply_to: str,
     trained: Mapping[str, Any],
     modelspec: Mapping[str, str | None],
+    neutral: Mapping[str, float | None] | None = None,
 ) -> Adapter:
-    """What training made of an adapter so far, checked by the library that will read it."""
+    """What training made of an adapter so far, checked by the library that will read it.
+
+    `neutral` are the weights at which labels change nothing, where the objective knows them.
+    """
+    labels = json.loads(branch.metadata["vmix.labels"])
+    for label in labels:
+        label["neutral"] = (neutral or {}).get(label["name"], label["neutral"])
     metadata = {
         **branch.metadata,
+        "vmix.labels": json.dumps(labels, ensure_ascii=False),
         "vmix.apply_to": apply_to,
         "vmix.trained": json.dumps(trained),
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
@@ -35,10 +47,133 @@ def trained_adapter(
     return Adapter.from_tensors(branch.tensors(dtype), metadata)
 
 
-def save_lora(base: Base, folder: Path, dtype: torch.dtype) -> None:
+def single(adapter: Adapter, name: str) -> dict[str, float]:
+    """One label positive; the others change nothing where they can, else they are negative."""
+    return {
+        label.name: 1.0 if label.name == name else label.neutral or 0.0 for label in adapter.labels
+    }
+
+
+def save_presets(adapter: Adapter, folder: Path, dtype: torch.dtype) -> dict[str, str]:
+    """All labels positive, and every label alone; names of files, and what is in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    selections: dict[str, Any] = {"all": "all"}
+    what = {"all": "all labels positive"}
+    if len(adapter.labels) > 1:
+        for label in adapter.labels:
+            stem = re.sub(r"[^\w.-]+", "-", label.name).strip("-.") or "label"
+            while stem in selections:
+                stem += "-"
+            selections[stem], what[stem] = single(adapter, label.name), f"{label.name} alone"
+    paths = {}
+    for stem, selection in selections.items():
+        kind: Any = NAMES[dtype]
+        path = folder / f"{stem}.safetensors"
+        adapter.values(selection, dtype=kind).save(path)
+        paths[path.name] = "preset of " + what[stem]
+    return paths
+
+
+def save_lora(base: Base, path: Path, dtype: torch.dtype, main: bool) -> None:
+    """As diffusers writes them, which ComfyUI reads too."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
     from peft import get_peft_model_state_dict
 
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(base.unet))
-    layers = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in state.items()}
-    type(base.pipe).save_lora_weights(folder, unet_lora_layers=layers)
+    layers = {f"unet.{name}": gathered(t).to(dtype).cpu().contiguous() for name, t in state.items()}
+    if main:
+        part = path.with_suffix(".part")
+        save_file(layers, part, {"format": "pt"})
+        part.chmod(0o644)
+        part.replace(path)
+
+
+def save_unet(base: Base, folder: Path, dtype: torch.dtype) -> None:
+    """A diffusers folder of the whole base, as it is after fine-tuning."""
+    import copy
+
+    pipe = copy.copy(base.pipe)
+    pipe.register_modules(unet=copy.deepcopy(base.unet).to("cpu", dtype))
+    pipe.save_pretrained(folder)
+
+
+CARD = """---
+license: {license}
+library_name: diffusers
+tags: [vmix, stable-diffusion, aesthetics, text-to-image]
+base_model: {base}
+---
+
+# {title}
+
+A [VMix](https://vmix-diffusion.github.io/VMix/) aesthetics adapter for Stable Diffusion
+({architecture}), trained with vmix-adapter.
+{description}
+{picture}
+| label | dimension | positive text | default weight |
+|---|---|---|---|
+{labels}
+
+```python
+from vmix.diffusers import load_vmix
+
+load_vmix(pipe, "{file}")  # every label at its default weight, λ = 1
+```
+
+In ComfyUI: *Load VMix* → *VMix Aesthetics* → *Apply VMix*.
+
+{files}
+
+## Training
+
+| | |
+|---|---|
+{trained}
+"""
+
+
+def model_card(
+    adapter: Adapter, name: str, base: str, files: Mapping[str, str], picture: Path | None
+) -> str:
+    """The README.md of what was written."""
+    spec = {k.removeprefix("modelspec."): v for k, v in adapter.metadata.items()}
+    rows = [
+        f"| {cell(label.name)} | {cell(label.dimension)} | {cell(label.positive)} "
+        f"| {label.default:g} |"
+        for label in adapter.labels
+    ]
+    record = json.loads(adapter.trained)
+    listed = [f"- `{file}`: {what}" for file, what in files.items()]
+    return CARD.format(
+        license=(spec.get("license") or "other").lower(),
+        base=base if not Path(base).exists() else Path(base).name,
+        title=spec.get("title") or name,
+        architecture=spec.get("architecture", adapter.base),
+        description=f"\n{spec['description']}\n" if spec.get("description") else "",
+        picture=f"\n![Prompts without and with VMix]({picture.as_posix()})\n" if picture else "",
+        labels="\n".join(rows),
+        file=f"{name}.safetensors",
+        files="\n".join(listed),
+        trained="\n".join(f"| {cell(k)} | {cell(v)} |" for k, v in record.items()),
+    )
+
+
+def cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def push(folder: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        made = api.create_repo(repository, exist_ok=True)
+        api.upload_folder(
+            folder_path=folder,
+            repo_id=made.repo_id,
+            ignore_patterns=["checkpoint-*", "cache/*", "logs/*", "*.part"],
+        )
+    except Exception as error:
+        raise TrainingError(
+            f"--push_to_hub {repository}: {error}. Everything is in {folder}"
+        ) from error

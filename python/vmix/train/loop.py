@@ -1,416 +1,450 @@
-"""Train a VMix adapter: `accelerate launch -m vmix.train …` or `python -m vmix.train …`.
+"""The run: set up, steps, checkpoints, pictures, and the files at its end.
 
 The base pipeline is frozen. Trained are the projection of AesEmb (paper, eq. 6), one value matrix
-per cross-attention layer (eq. 7) and, with `--rank`, a LoRA that inference does not need. The
+per cross-attention layer (eq. 7) and a LoRA beside them that inference does not need. The
 zero-initialised linear of the projection makes step 0 the base model, bit for bit.
-docs/training.md describes data and options.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
-import shutil
-from collections.abc import Sequence
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
 from vmix import Adapter, VMixError, init_adapter, read_label_list
+from vmix.train import export, validation
 from vmix.train.base import Base
-from vmix.train.data import (
-    Batches,
-    Example,
-    Pixels,
-    TrainingError,
-    complain,
-    generator,
-    read_examples,
-)
-from vmix.train.export import DTYPES, save_lora, trained_adapter
-from vmix.train.model import Denoiser, ValueBranch, add_lora
+from vmix.train.checkpoint import Checkpoints
+from vmix.train.data import usable_images
+from vmix.train.denoising import Denoising
+from vmix.train.errors import CheckpointError, StoppedError, TrainingError
+from vmix.train.model import Denoiser, ValueBranch, add_lora, trained_parameters
+from vmix.train.objective import Objective, collate, step_size
+from vmix.train.options import check_args, parse_args, read_lines, settings
+from vmix.train.order import OwnBatches
 
-UNCONDITIONAL = ("cond", "both", "contrast")
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+METRICS = "metrics.jsonl"
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("vmix.train", description=(__doc__ or "").splitlines()[0])
-    add = parser.add_argument
-    switch = partial(add, action="store_true")
-    add("--pretrained_model_name_or_path", required=True, help="Pipeline in diffusers' layout.")
-    add("--train_data_dir", type=Path, required=True, help="Images and metadata.jsonl.")
-    add("--labels", type=Path, help="TOML file with one [[label]] table per label.")
-    add("--output_dir", type=Path, required=True)
-    add("--name", default="vmix", help="The adapter is written to <output_dir>/<name>.safetensors.")
-    for key in ("title", "author", "license", "description"):
-        add(f"--{key}", help=f"modelspec.{key} of the adapter.")
-    add("--dtype", choices=DTYPES, default="f16", help="Of the files that are written.")
-    add("--resolution", type=int, help="The U-Net's own unless given.")
-    add("--train_batch_size", type=int, default=256, help="Images per process and step.")
-    add("--gradient_accumulation_steps", type=int, default=1)
-    switch("--gradient_checkpointing")
-    add("--max_train_steps", type=int, default=50_000)
-    add("--learning_rate", type=float, help="1e-4, for SDXL 1e-5, unless given.")
-    add("--lora_learning_rate", type=float, help="The learning rate unless given.")
-    add("--lr_scheduler", default="constant")
-    add("--lr_warmup_steps", type=int, default=0)
-    add("--adam_beta1", type=float, default=0.9)
-    add("--adam_beta2", type=float, default=0.999)
-    add("--adam_weight_decay", type=float, default=1e-2)
-    add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0)
-    add("--seed", type=int, default=0)
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's unless given.")
-    add("--checkpointing_steps", type=int, default=500)
-    add("--resume_from_checkpoint", help='A checkpoint folder, or "latest".')
-    add("--report_to", help="accelerate tracker, such as tensorboard.")
-    add("--dataloader_num_workers", type=int, default=0)
-    switch("--cache_latents", help="Keep latents and text features of small sets in memory.")
-    add("--rank", type=int, default=0, help="Of the LoRA beside the adapter; 0 for none.")
-    switch("--train_vmix", default=True)
-    add("--no_vmix", dest="train_vmix", action="store_false", help="Train the LoRA only.")
-    add("--text_dropout", type=float, default=0.1, help="Share of captions dropped for guidance.")
-    add(
-        "--apply_to",
-        choices=UNCONDITIONAL,
-        default="cond",
-        help="What the unconditional pass will see. With cond, a dropped caption drops the values; "
-        "with both and contrast, its image keeps its labels.",
-    )
-    return parser.parse_args(argv)
+class Run:
+    """Everything that one training is made of."""
 
-
-def check_args(args: argparse.Namespace) -> None:
-    problems = []
-    if not args.train_vmix and not args.rank:
-        problems.append("--no_vmix needs --rank: there would be nothing to train")
-    if args.train_vmix and args.labels is None:
-        problems.append("--labels is missing")
-    if not 0 <= args.text_dropout < 1:
-        problems.append(f"--text_dropout {args.text_dropout} is not a share below 1")
-    for key in (
-        *("train_batch_size", "gradient_accumulation_steps"),
-        *("max_train_steps", "checkpointing_steps"),
-    ):
-        if getattr(args, key) < 1:
-            problems.append(f"--{key} {getattr(args, key)} is not positive")
-    if args.rank < 0:
-        problems.append(f"--rank {args.rank} is negative")
-    if args.resolution is not None and args.resolution < 1:
-        problems.append(f"--resolution {args.resolution} is not positive")
-    if Path(args.name).name != args.name:
-        problems.append(f"--name {args.name} is not a file's name; --output_dir is for folders")
-    complain("arguments", problems)
-
-
-class Inputs:
-    """What the U-Net is given for an example: computed as needed, or once and kept in memory."""
-
-    def __init__(
-        self, base: Base, examples: Sequence[Example], resolution: int, aes_emb: Tensor
-    ) -> None:
-        self.base, self.examples = base, examples
-        self.resolution, self.aes_emb = resolution, aes_emb
-        self.weights = torch.tensor([example.weights for example in examples])
-        self.empty = base.text([""])
-        self.texts: dict[str, tuple[Tensor, Tensor]] = {}
-        self.kept: Tensor | None = None
-
-    def keep(self, pixels: Pixels, bar: Any) -> None:
-        captions = sorted({example.caption for example in self.examples})
-        for start in bar(range(0, len(captions), 64), desc="Captions"):
-            part = captions[start : start + 64]
-            self.texts.update(zip(part, zip(*self.base.text(part), strict=True), strict=True))
-        loader = bar(torch.utils.data.DataLoader(pixels, batch_size=64), desc="Latents")
-        self.kept = torch.cat([self.base.moments(images).cpu() for _, images in loader])
-
-    def moments(self, indices: Tensor, pixels: Tensor) -> Tensor:
-        if self.kept is not None:
-            return self.kept[indices].to(self.base.device)
-        return self.base.moments(pixels)
-
-    def text(self, indices: Sequence[int], dropped: Tensor) -> tuple[Tensor, Tensor]:
-        captions = [self.examples[i].caption for i in indices]
-        if self.texts:
-            pairs = [self.texts[caption] for caption in captions]
-            context, pooled = (torch.stack(part) for part in zip(*pairs, strict=True))
+    def __init__(self, args: argparse.Namespace) -> None:
+        check_args(args)
+        self.args = args
+        self.prompts = list(args.validation_prompt or ())
+        if args.validation_prompts:
+            self.prompts += read_lines(args.validation_prompts, "--validation_prompts")
+        tracker = tracker_of(args.report_to)
+        self.accelerator = accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=tracker,
+            project_config=ProjectConfiguration(
+                str(args.output_dir), str(args.output_dir / "logs")
+            ),
+            # Buffers never change: one collective less, which could wait for a process in trouble.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+        set_seed(args.seed)
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.bar = partial(tqdm, disable=not accelerator.is_local_main_process, leave=False)
+        labels = [label.name for label in read_label_list(args.labels)] if args.train_vmix else []
+        say = accelerator.print
+        images = None
+        if args.objective == "denoising":
+            images = usable_images(
+                args.train_data_dir,
+                labels,
+                missing=args.missing_labels,
+                skip=args.skip_unusable,
+                verify=args.verify_images,
+                say=say,
+            )
+        half = HALF.get(accelerator.mixed_precision, torch.float32)
+        self.base = base = Base(
+            args.pretrained_model_name_or_path, accelerator.device, half, args.prediction_type
+        )
+        args.learning_rate = args.learning_rate or (1e-5 if base.xl else 1e-4)
+        args.lora_learning_rate = args.lora_learning_rate or args.learning_rate
+        self.branch: ValueBranch | None = None
+        if args.train_vmix:
+            untrained = init_adapter(base.path, args.labels, dtype="float32", seed=args.seed)
+            self.branch = ValueBranch(untrained).to(accelerator.device)
+        self.objective: Objective
+        if images is not None:
+            self.objective = Denoising(base, images, args, self.world)
         else:
-            context, pooled = self.base.text(captions)
-        drop = dropped.to(context.device)
-        return (
-            torch.where(drop[:, None, None], self.empty[0], context),
-            torch.where(drop[:, None], self.empty[1], pooled),
+            from vmix.train.teachers import distillation
+
+            assert self.branch is not None  # check_args
+            self.objective = distillation(base, self.branch, args, self.world)
+        if args.rank:
+            add_lora(base.unet, args.rank)
+        if args.full_finetune:
+            base.unet.float().requires_grad_(True)
+        if args.gradient_checkpointing:
+            base.unet.enable_gradient_checkpointing()
+        if (
+            self.branch is not None
+        ):  # what the file's writer refuses, it refuses now, not after days
+            self.adapter(0)
+
+        self.denoiser = denoiser = Denoiser(base.unet, self.branch)
+        self.model, self.optimizer, self.schedule = accelerator.prepare(
+            denoiser, *self._optimizer(denoiser)
+        )
+        self.average: Any = None
+        if args.use_ema:
+            from diffusers.training_utils import EMAModel
+
+            own = trained_parameters(accelerator.unwrap_model(self.model)).values()
+            self.average = EMAModel(own, decay=args.ema_decay)
+        self.checkpoints = Checkpoints(
+            accelerator, self.model, self.optimizer, self.schedule, self.average,
+            args.output_dir, settings(args), args.checkpoints_total_limit,
+        )  # fmt: skip
+        self.done = self.checkpoints.resume(args.resume_from_checkpoint)
+        self.objective.prepare(self.bar, self.rank, self.world, accelerator.wait_for_everyone)
+        self.validation = validation.Validation(base, self.prompts, args) if self.prompts else None
+        self.picture: Path | None = None
+        if tracker:
+            accelerator.init_trackers("vmix")
+        self.describe()
+
+    def _optimizer(self, denoiser: Denoiser) -> tuple[Any, Any]:
+        from diffusers.optimization import get_scheduler
+
+        args = self.args
+        rates = {"branch": args.learning_rate, "unet": args.lora_learning_rate}
+        trained = trained_parameters(denoiser)
+        groups = [
+            {"params": [p for name, p in trained.items() if name.startswith(part)], "lr": rate}
+            for part, rate in rates.items()
+        ]
+        make: Any = torch.optim.AdamW
+        if args.use_8bit_adam:
+            if find_spec("bitsandbytes") is None:
+                raise TrainingError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
+            make = import_module("bitsandbytes.optim").AdamW8bit
+        optimizer = make(
+            [group for group in groups if group["params"]],
+            betas=(args.adam_beta1, args.adam_beta2),
+            weight_decay=args.adam_weight_decay,
+            eps=args.adam_epsilon,
+        )
+        try:
+            schedule = get_scheduler(
+                args.lr_scheduler,
+                optimizer,
+                num_warmup_steps=args.lr_warmup_steps * self.world,
+                num_training_steps=args.max_train_steps * self.world,
+            )
+        except ValueError as error:
+            raise TrainingError(f"--lr_scheduler {args.lr_scheduler}: {error}") from error
+        return optimizer, schedule
+
+    def describe(self) -> None:
+        args = self.args
+        count = sum(p.numel() for p in trained_parameters(self.denoiser).values())
+        self.accelerator.print(
+            f"training {count:,} parameters, {step_size(args, self.world)} examples a step on "
+            f"{self.world} process{'es' * (self.world > 1)}, "
+            f"{self.accelerator.mixed_precision} mixed precision, "
+            f"steps {self.done} to {args.max_train_steps}"
         )
 
-    def labels(self, indices: Tensor) -> Tensor:
-        """Label features f_t [B, N, d]: each label's positive or its negative (eq. 4)."""
-        weights = self.weights[indices].to(self.aes_emb)[:, :, None]
-        negative, positive = self.aes_emb[:, 1], self.aes_emb[:, 0]
-        return negative + weights * (positive - negative)
+    # --- the steps -------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """All steps. Whatever ends them early leaves a checkpoint of the last one."""
+        args, accelerator = self.args, self.accelerator
+        self._trim_metrics()
+        with asked_to_stop() as asked:
+            try:
+                self._steps(asked)
+                self.checkpoints.save(self.done)
+            except (TrainingError, StoppedError) as error:
+                if self.checkpoints.saved < self.done and not isinstance(error, CheckpointError):
+                    self.checkpoints.save(self.done)
+                newest = self.checkpoints.newest()
+                where = f"; {newest} is where to resume" if newest else ""
+                raise type(error)(f"{error}{where}") from error
+        self.finish()
+        accelerator.end_training()
+        accelerator.print(f"wrote {args.output_dir}")
+
+    def _steps(self, asked: Sequence[int]) -> None:
+        args, accelerator, accumulation = (
+            self.args, self.accelerator, self.args.gradient_accumulation_steps,
+        )  # fmt: skip
+        batches = OwnBatches(self.objective.order, self.done * accumulation, self.rank, self.world)
+        loader = iter(
+            torch.utils.data.DataLoader(
+                self.objective.dataset(),
+                batch_sampler=batches,
+                collate_fn=collate,
+                num_workers=args.dataloader_num_workers,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+        )
+        progress = tqdm(
+            total=args.max_train_steps,
+            initial=self.done,
+            desc="Steps",
+            disable=not accelerator.is_local_main_process,
+        )
+        average, started = math.nan, time.monotonic()
+        if self.done == 0:
+            self.validate()
+        try:
+            while self.done < args.max_train_steps:
+                losses = []
+                for _ in range(accumulation):
+                    batch = self._next(loader, asked)
+                    with accelerator.accumulate(self.model):
+                        loss = self.objective.loss(self.model, batch)
+                        losses.append(loss.detach())
+                        accelerator.backward(loss)
+                        if accelerator.sync_gradients:
+                            mean = torch.stack(losses).mean()
+                            value = float(accelerator.reduce(mean, "mean"))
+                            if not math.isfinite(value):
+                                raise TrainingError(f"step {self.done + 1}: the loss is {value}")
+                            self._clip()
+                        self.optimizer.step()
+                        self.schedule.step()
+                        self.optimizer.zero_grad()
+                if self.average is not None:
+                    own = trained_parameters(accelerator.unwrap_model(self.model)).values()
+                    self.average.step(own)
+                self.done += 1
+                average = value if math.isnan(average) else 0.98 * average + 0.02 * value
+                rate = self.schedule.get_last_lr()[0]
+                progress.update()
+                progress.set_postfix(loss=f"{average:.4f}", lr=f"{rate:.1e}")
+                accelerator.log({"train_loss": value, "lr": rate}, step=self.done)
+                self._note(value, rate, time.monotonic() - started)
+                if self.done < args.max_train_steps:
+                    if self.done % args.checkpointing_steps == 0:
+                        self.checkpoints.save(self.done)
+                    if self.done % args.validation_steps == 0:
+                        self.validate()
+        finally:
+            progress.close()
+        self.validate()
+
+    def _next(self, loader: Iterator[Any], asked: Sequence[int]) -> Any:
+        """The next batch. One process in trouble, or asked to stop, stops all of them."""
+        batch, error = None, None
+        try:
+            batch = next(loader)
+        except (TrainingError, OSError, SafetensorError) as failure:
+            error = TrainingError(f"step {self.done + 1}: {failure}")
+        except RuntimeError as failure:
+            # A worker process wraps the error in its own traceback.
+            what = str(failure).strip().splitlines()[-1].removeprefix("vmix.train.errors.")
+            error = TrainingError(f"step {self.done + 1}: {what.removeprefix('TrainingError: ')}")
+        flags = torch.tensor([error is not None, bool(asked)], device=self.accelerator.device)
+        if self.world > 1:
+            flags = self.accelerator.gather(flags[None]).any(0)
+        if error is not None:
+            raise error
+        if flags[0]:
+            raise TrainingError(f"step {self.done + 1}: another process could not go on")
+        if flags[1]:
+            raise StoppedError(f"stopped after step {self.done}")
+        return batch
+
+    def _clip(self) -> None:
+        parameters = list(trained_parameters(self.model).values())
+        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        if norm is None or self.accelerator.scaler is not None:  # half precision skips such steps
+            return
+        if not math.isfinite(float(norm)):
+            raise TrainingError(f"step {self.done + 1}: the gradient's norm is {float(norm)}")
+
+    # --- notes, pictures, files ------------------------------------------------------------------
+
+    def _trim_metrics(self) -> None:
+        """What an earlier run noted beyond its checkpoint is about to be noted again."""
+        if not self.accelerator.is_main_process:
+            return
+        self.args.output_dir.mkdir(parents=True, exist_ok=True)
+        path = self.args.output_dir / METRICS
+        lines = path.read_text("utf-8").splitlines() if path.exists() and self.done else []
+        kept = [line for line in lines if _step(line) <= self.done]
+        path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+
+    def _note(self, loss: float, rate: float, seconds: float) -> None:
+        if self.accelerator.is_main_process:
+            row = {"step": self.done, "loss": loss, "lr": rate, "seconds": round(seconds, 3)}
+            try:
+                with (self.args.output_dir / METRICS).open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise TrainingError(f"step {self.done}: {error}") from error
+
+    def validate(self) -> None:
+        everyone = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.validation is None:
+            return
+        with self._averaged():
+            adapter = self.adapter(self.done) if self.branch is not None else None
+            if self.accelerator.is_main_process or everyone:
+                self.denoiser.alone()
+                image = self.validation.grid(adapter)
+                if self.accelerator.is_main_process:
+                    try:
+                        folder = self.args.output_dir / "validation"
+                        self.picture = validation.save_grid(image, folder, self.done)
+                        validation.log_grid(self.accelerator.trackers, image, self.done)
+                    except OSError as error:
+                        raise TrainingError(f"validation at step {self.done}: {error}") from error
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """With the running average in place of the weights."""
+        if self.average is None:
+            yield
+            return
+        own = list(trained_parameters(self.accelerator.unwrap_model(self.model)).values())
+        self.average.store(own)
+        self.average.copy_to(own)
+        try:
+            yield
+        finally:
+            self.average.restore(own)
+
+    def adapter(self, steps: int) -> Adapter:
+        """The adapter as it is now."""
+        args = self.args
+        assert self.branch is not None
+        record = {
+            **self.objective.record(),
+            "prediction_type": self.base.scheduler.config.prediction_type,
+            "steps": steps,
+            "batch_size": step_size(args, self.world),
+            "learning_rate": args.learning_rate,
+            "lr_scheduler": args.lr_scheduler,
+            "mixed_precision": self.accelerator.mixed_precision,
+            "lora_rank": args.rank,
+            "seed": args.seed,
+        }
+        for key in ("snr_gamma", "use_ema"):
+            if getattr(args, key):
+                record[key] = getattr(args, key)
+        spec = {key: getattr(args, key) for key in ("title", "author", "license", "description")}
+        spec["title"] = spec["title"] or args.name
+        neutral = getattr(self.objective, "neutral", None)
+        return export.trained_adapter(
+            self.branch, export.DTYPES[args.dtype], args.apply_to, record, spec, neutral
+        )
+
+    def finish(self) -> None:
+        args, main = self.args, self.accelerator.is_main_process
+        dtype = export.DTYPES[args.dtype]
+        files = {}
+        with self._averaged():
+            try:
+                adapter = self.adapter(self.done) if self.branch is not None else None
+                if args.rank:
+                    name = f"{args.name}-lora.safetensors"
+                    export.save_lora(self.base, args.output_dir / name, dtype, main)
+                    files[name] = "the LoRA trained beside it, which inference does not need"
+                if args.full_finetune and main:
+                    export.save_unet(self.base, args.output_dir / "model", dtype)
+                if adapter is not None and main:
+                    adapter.save(args.output_dir / f"{args.name}.safetensors")
+                    presets = export.save_presets(adapter, args.output_dir / "presets", dtype)
+                    files |= {f"presets/{name}": what for name, what in presets.items()}
+                    picture = self.picture.relative_to(args.output_dir) if self.picture else None
+                    base = args.pretrained_model_name_or_path
+                    card = export.model_card(adapter, args.name, base, files, picture)
+                    (args.output_dir / "README.md").write_text(card, "utf-8")
+            except (OSError, SafetensorError, VMixError) as error:
+                newest = self.checkpoints.newest()
+                raise TrainingError(
+                    f"{error}; all steps are done, {newest} resumes to write the files"
+                ) from error
+        if args.push_to_hub and main:
+            export.push(args.output_dir, args.hub_model_id or args.output_dir.resolve().name)
 
 
-def denoising_loss(
-    base: Base,
-    model: nn.Module,
-    inputs: Inputs,
-    batch: tuple[Tensor, Tensor],
-    random: torch.Generator,
-    args: argparse.Namespace,
-) -> Tensor:
-    """The base's own training loss on one batch; `random` decides everything that is drawn."""
-    indices, images = batch
-    count, scheduler = len(indices), base.scheduler
-    dropped = torch.rand(count, generator=random) < args.text_dropout
-    moments = inputs.moments(indices, images)
-    shape = (count, moments.shape[1] // 2, *moments.shape[2:])
-    latents = base.latents(moments, torch.randn(shape, generator=random).to(moments))
-    noise = torch.randn(shape, generator=random).to(latents)
-    # One timestep from each 1/count of the range: uniform as ever, with less variance of the loss.
-    places = (torch.arange(count) + torch.rand(count, generator=random)) / count
-    last = scheduler.config.num_train_timesteps - 1
-    timesteps = (places * (last + 1)).long().clamp(max=last).to(base.device)  # 1 - 2⁻²⁴ rounds up
-    context, pooled = inputs.text(indices.tolist(), dropped)
-    mixed = ~dropped if args.apply_to == "cond" else torch.ones_like(dropped)
-    prediction: Tensor = model(
-        scheduler.add_noise(latents, noise, timesteps).to(base.dtype),
-        timesteps,
-        context,
-        inputs.labels(indices),
-        mixed.to(base.device, torch.float32),
-        base.conditions(pooled, inputs.resolution),
-    )
-    target: Tensor = noise
-    if scheduler.config.prediction_type == "v_prediction":
-        target = scheduler.get_velocity(latents, noise, timesteps)
-    return F.mse_loss(prediction.float(), target.float())
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
-class Indices(torch.utils.data.Dataset[tuple[int, Tensor]]):
-    """Stands in for `Pixels` when the latents are kept in memory."""
-
-    def __getitem__(self, index: int) -> tuple[int, Tensor]:
-        return index, torch.empty(0)
-
-
-def train(args: argparse.Namespace) -> None:
-    """Run the training that the arguments describe and write its files."""
-    check_args(args)
-    labels = read_label_list(args.labels) if args.train_vmix else []
-    examples = read_examples(args.train_data_dir, [label.name for label in labels])
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        raise TrainingError(f"--output_dir {args.output_dir} is not a folder")
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=args.report_to,
-        project_config=ProjectConfiguration(str(args.output_dir), str(args.output_dir / "logs")),
-    )
-    set_seed(args.seed)
-    half = {"fp16": torch.float16, "bf16": torch.bfloat16}
-    base = Base(
-        args.pretrained_model_name_or_path,
-        accelerator.device,
-        half.get(accelerator.mixed_precision, torch.float32),
-    )
-    resolution = args.resolution or base.unet.config.sample_size * base.pipe.vae_scale_factor
-    rate = args.learning_rate or (1e-5 if base.xl else 1e-4)
-    bar = partial(tqdm, disable=not accelerator.is_local_main_process, leave=False)
-
-    branch = None
-    if args.train_vmix:
-        untrained = init_adapter(base.folder, args.labels, dtype="float32", seed=args.seed)
-        branch = ValueBranch(untrained).to(accelerator.device)
-    if args.rank:
-        add_lora(base.unet, args.rank)
-    if args.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-
-    denoiser = Denoiser(base.unet, branch)
-    groups = [
-        {"params": list(branch.parameters()) if branch else [], "lr": rate},
-        {
-            "params": [p for p in base.unet.parameters() if p.requires_grad],
-            "lr": args.lora_learning_rate or rate,
-        },
-    ]
-    optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
-    from diffusers.optimization import get_scheduler
-
-    schedule = get_scheduler(
-        args.lr_scheduler,
-        optimizer,
-        num_warmup_steps=args.lr_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
-    model, optimizer, schedule = accelerator.prepare(denoiser, optimizer, schedule)
-    keep_only_trained(accelerator, denoiser)
-    done = resume(accelerator, args)
-
-    inputs = Inputs(base, examples, resolution, branch.aes_emb if branch else torch.zeros(0, 2, 1))
-    pixels = Pixels(examples, resolution)
-    if args.cache_latents:
-        inputs.keep(pixels, bar)
-    accumulation = args.gradient_accumulation_steps
-    world, rank = accelerator.num_processes, accelerator.process_index
-    batch_size = args.train_batch_size * accumulation * world
-    if branch is not None:  # what the file's writer refuses, it refuses now and not after days
-        make_adapter(args, base, branch, inputs, rate, batch_size)
-    loader = torch.utils.data.DataLoader(
-        Indices() if args.cache_latents else pixels,
-        batch_sampler=Batches(
-            len(examples), args.train_batch_size, args.seed, done * accumulation, rank, world
-        ),
-        num_workers=0 if args.cache_latents else args.dataloader_num_workers,
-    )
-    if args.report_to:
-        accelerator.init_trackers("vmix")
-
-    progress = tqdm(
-        total=args.max_train_steps,
-        initial=done,
-        desc="Steps",
-        disable=not accelerator.is_local_main_process,
-    )
-    average = math.nan
-    for micro, batch in enumerate(loader, done * accumulation):
-        if done >= args.max_train_steps:
-            break
-        with accelerator.accumulate(model):
-            random = generator(args.seed, 1, micro, rank)
-            loss = denoising_loss(base, model, inputs, batch, random, args)
-            if not torch.isfinite(loss):
-                raise TrainingError(f"step {done}: the loss is {loss.item()}")
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(list(denoiser.trained().values()), args.max_grad_norm)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        if accelerator.sync_gradients:
-            done += 1
-            average = loss.item() if math.isnan(average) else 0.98 * average + 0.02 * loss.item()
-            progress.update()
-            progress.set_postfix(loss=f"{average:.4f}", lr=f"{schedule.get_last_lr()[0]:.1e}")
-            accelerator.log({"train_loss": loss.item(), "lr": schedule.get_last_lr()[0]}, step=done)
-            if done % args.checkpointing_steps == 0 and done < args.max_train_steps:
-                save_checkpoint(accelerator, args.output_dir / f"checkpoint-{done}")
-    progress.close()
-    accelerator.wait_for_everyone()
-
-    if accelerator.is_main_process:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        if branch is not None:
-            adapter = make_adapter(args, base, branch, inputs, rate, batch_size)
-            adapter.save(args.output_dir / f"{args.name}.safetensors")
-        if args.rank:
-            save_lora(base, args.output_dir, DTYPES[args.dtype])
-    accelerator.end_training()
+def tracker_of(name: str | None) -> str | None:
+    if name in (None, "none"):
+        return None
+    packages = {"tensorboard": "tensorboard", "wandb": "wandb"}
+    if name in packages and find_spec(packages[name]) is None:
+        raise TrainingError(
+            f"--report_to {name}: pip install {packages[name]}, or --report_to none"
+        )
+    return name
 
 
-def make_adapter(
-    args: argparse.Namespace,
-    base: Base,
-    branch: ValueBranch,
-    inputs: Inputs,
-    rate: float,
-    batch_size: int,
-) -> Adapter:
-    """The adapter as it is now."""
-    trained = {
-        "objective": "denoising",
-        "prediction_type": base.scheduler.config.prediction_type,
-        "steps": args.max_train_steps,
-        "batch_size": batch_size,
-        "learning_rate": rate,
-        "resolution": inputs.resolution,
-        "images": len(inputs.examples),
-        "text_dropout": args.text_dropout,
-        "lora_rank": args.rank,
-        "seed": args.seed,
-    }
-    spec = {key: getattr(args, key) for key in ("title", "author", "license", "description")}
-    spec["title"] = spec["title"] or args.name
-    return trained_adapter(branch, DTYPES[args.dtype], args.apply_to, trained, spec)
+@contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """A list that gets an entry when somebody asks to stop; the second time is not asked."""
+    asked: list[int] = []
 
+    def note(number: int, _frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping after this step; once more stops at once", flush=True)
 
-def keep_only_trained(accelerator: Accelerator, denoiser: Denoiser) -> None:
-    """Make checkpoints hold what is trained, not the frozen base."""
-
-    def save(_models: list[Any], weights: list[Any], folder: str) -> None:
-        weights.clear()
-        if accelerator.is_main_process:
-            tensors = {
-                name: p.detach().cpu().contiguous() for name, p in denoiser.trained().items()
-            }
-            save_file(tensors, Path(folder) / "trained.safetensors")
-
-    def load(models: list[Any], folder: str) -> None:
-        models.clear()
-        tensors = load_file(Path(folder) / "trained.safetensors")
-        trained = denoiser.trained()
-        shapes = ({name: t.shape for name, t in part.items()} for part in (tensors, trained))
-        if next(shapes) != next(shapes):
-            raise TrainingError(f"{folder}: made with other settings (labels, rank or base model)")
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(tensors[name])
-
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path) -> None:
-    """Written under another name first, so that "latest" never finds half of one."""
-    part = folder.with_suffix(".part")
-    accelerator.save_state(str(part))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
-        part.replace(folder)
-    accelerator.wait_for_everyone()
-
-
-def resume(accelerator: Accelerator, args: argparse.Namespace) -> int:
-    """Load the checkpoint that was asked for; the number of steps that are already done."""
-    if not args.resume_from_checkpoint:
-        return 0
-    folder = Path(args.resume_from_checkpoint)
-    if args.resume_from_checkpoint == "latest":
-        found = sorted(filter(step_of, args.output_dir.glob("checkpoint-*")), key=step_of)
-        if not found:
-            accelerator.print(f"no checkpoint in {args.output_dir}, starting at step 0")
-            return 0
-        folder = found[-1]
-    if not folder.is_dir() or not step_of(folder):
-        raise TrainingError(f"no checkpoint, which is a folder checkpoint-<step>: {folder}")
-    accelerator.load_state(str(folder))
-    return step_of(folder)
-
-
-def step_of(checkpoint: Path) -> int:
-    """The N of `checkpoint-N`; 0 for other names."""
-    number = checkpoint.name.removeprefix("checkpoint-")
-    return int(number) if number.isdecimal() else 0
+    before = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, note)
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    import torch.distributed as dist
+
     try:
-        train(parse_args(argv))
+        Run(parse_args(argv)).train()
     except (TrainingError, VMixError) as error:
         raise SystemExit(f"vmix.train: {error}") from None
+    except StoppedError as error:
+        print(f"vmix.train: {error}", flush=True)
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class ValueBranch(nn.Module):
     def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """A copy of the tensors as they are now, under the names of docs/format.md."""
         named = self._named().items()
-        return {name: t.detach().to("cpu", dtype, copy=True) for name, t in named}
+        return {name: gathered(t).to("cpu", dtype, copy=True) for name, t in named}
 
     def _named(self) -> dict[str, Tensor]:
         named = {
@@ -69,38 +69,62 @@ class ValueBranch(nn.Module):
         return named
 
 
+def label_features(aes_emb: Tensor, weights: Tensor) -> Tensor:
+    """f_t [B, N, d] of weights [B, N]: each label's positive at 1, its negative at 0 (eq. 4)."""
+    negative, positive = aes_emb[:, 1], aes_emb[:, 0]
+    return negative + weights.to(aes_emb)[:, :, None] * (positive - negative)
+
+
 class Denoiser(nn.Module):
     """The U-Net with values mixed in: one module and one forward for accelerate to wrap."""
 
     def __init__(self, unet: Any, branch: ValueBranch | None) -> None:
         super().__init__()
         self.unet, self.branch = unet, branch
-        self._values: list[Tensor] = []
+        self._values: list[Tensor] | None = None
         for index, name in enumerate(branch.names if branch else []):
             hook = partial(self._mix, index)
             unet.get_submodule(f"{name}.to_v").register_forward_hook(hook)
 
     def _mix(self, index: int, _module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
-        return output + self._values[index].to(
-            output.dtype
-        )  # V_c + V_a: the strength is 1 in training
+        if self._values is None:
+            return output
+        return output + self._values[index].to(output.dtype)  # λ = 1 in training
 
     def forward(
         self,
         sample: Tensor,
         timesteps: Tensor,
         context: Tensor,
-        labels: Tensor,
-        mixed: Tensor,
+        weights: Tensor | None = None,
+        mixed: Tensor | None = None,
         conditions: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """The prediction; `mixed` [B] is 1 where values are mixed, 0 where the base stays alone."""
-        if self.branch is not None:
-            self._values = [value * mixed[:, None, None] for value in self.branch(labels)]
+        """The prediction for label weights [B, N]; without them, the U-Net's own.
+
+        `mixed` [B] is 1 where values are mixed, 0 where the base stays alone.
+        """
+        self._values = None
+        if self.branch is not None and weights is not None:
+            values = self.branch(label_features(self.branch.aes_emb, weights))
+            if mixed is not None:
+                values = [value * mixed[:, None, None].to(value.dtype) for value in values]
+            self._values = values
         return self.unet(sample, timesteps, context, added_cond_kwargs=conditions).sample  # type: ignore[no-any-return]
 
-    def trained(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.named_parameters() if p.requires_grad}
+    def alone(self) -> None:
+        """From here on the U-Net is its own, until the next `forward` with weights."""
+        self._values = None
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP has shared out; all processes have to ask."""
+    whole = getattr(tensor.detach(), "full_tensor", None)
+    return whole() if whole is not None else tensor.detach()
 
 
 def add_lora(unet: Any, rank: int) -> None:

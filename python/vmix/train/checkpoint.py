@@ -1,0 +1,224 @@
+"""Checkpoints: what a run needs in order to go on as if it had never been stopped.
+
+`checkpoint-N` holds what is trained, the optimizer's state and the running average as safetensors,
+and the rest as JSON. What chance and order give is a function of the seed and the number of the
+step (order.py), so it needs no place in them. DeepSpeed shares its state out in files of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vmix.train.errors import CheckpointError, TrainingError
+from vmix.train.model import gathered, trained_parameters
+
+STATE = "state.json"
+
+
+class Checkpoints:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Any,
+        schedule: Any,
+        average: Any,
+        folder: Path,
+        settings: Mapping[str, Any],
+        limit: int | None,
+    ) -> None:
+        self.accelerator, self.model = accelerator, model
+        self.optimizer, self.schedule, self.average = optimizer, schedule, average
+        self.folder, self.settings, self.limit = folder, dict(settings), limit
+        self.saved = 0
+        """The step of the newest one that this run has written or begun with."""
+
+    @property
+    def deepspeed(self) -> bool:
+        return bool(self.accelerator.distributed_type == DistributedType.DEEPSPEED)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return trained_parameters(self.accelerator.unwrap_model(self.model))
+
+    def save(self, step: int) -> None:
+        """Written under another name first, so that "latest" never finds half of one."""
+        folder = self.folder / f"checkpoint-{step}"
+        part = folder.with_suffix(".part")
+        main = self.accelerator.is_main_process
+        error: Exception | None = None
+        if main:
+            shutil.rmtree(part, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        tensors = {name: gathered(p).cpu().contiguous() for name, p in self.parameters().items()}
+        moments = {} if self.deepspeed else self._optimizer_state()
+        averages = self._average_state()
+        if self.deepspeed:
+            self.accelerator.save_state(str(part), exclude_frozen_parameters=True)
+        if main:
+            try:
+                part.mkdir(parents=True, exist_ok=True)
+                save_file(tensors, part / "trained.safetensors")
+                if moments:
+                    save_file(moments, part / "optimizer.safetensors")
+                if averages:
+                    save_file(averages, part / "average.safetensors")
+                (part / STATE).write_text(json.dumps(self._state(step), indent=1), "utf-8")
+                if folder.exists():  # of an earlier run
+                    folder.rename(folder.with_suffix(".old"))
+                part.rename(folder)
+                shutil.rmtree(folder.with_suffix(".old"), ignore_errors=True)
+                self._forget(folder)
+            except (OSError, SafetensorError) as failure:
+                error = failure
+                shutil.rmtree(part, ignore_errors=True)
+        failed = self.accelerator.gather(
+            torch.tensor([error is not None], device=self.accelerator.device)
+        )
+        if failed.any():
+            last = f"the last one is {self.newest()}" if self.newest() else "there is no other"
+            raise CheckpointError(f"{folder} could not be written: {error}; {last}")
+        self.saved = step
+
+    def _state(self, step: int) -> dict[str, Any]:
+        scaler = self.accelerator.scaler
+        return {
+            "step": step,
+            "settings": self.settings,
+            "schedule": {
+                key: value
+                for key, value in self.schedule.scheduler.state_dict().items()
+                if isinstance(value, (int, float, list)) and "lambda" not in key
+            },
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "average_steps": self.average.optimization_step if self.average else None,
+            "processes": self.accelerator.num_processes,
+        }
+
+    def _names(self) -> list[str]:
+        """Of the optimizer's parameters, in its order."""
+        ids = {id(p): name for name, p in self.parameters().items()}
+        groups = self.optimizer.param_groups
+        return [ids[id(p)] for group in groups for p in group["params"]]
+
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        state = self.optimizer.state_dict()["state"]
+        names = self._names()
+        return {
+            f"{names[index]}/{key}": gathered(torch.as_tensor(value)).cpu().contiguous()
+            for index, values in state.items()
+            for key, value in values.items()
+        }
+
+    def _average_state(self) -> dict[str, Tensor]:
+        if self.average is None:
+            return {}
+        shadows = zip(self.parameters(), self.average.shadow_params, strict=True)
+        return {name: gathered(tensor).cpu().contiguous() for name, tensor in shadows}
+
+    def _forget(self, newest: Path) -> None:
+        if self.limit is not None:
+            kept = [folder for folder in self.all() if folder != newest]
+            for folder in kept[: len(kept) - self.limit + 1]:
+                shutil.rmtree(folder)
+
+    def all(self) -> list[Path]:
+        return sorted(filter(step_of, self.folder.glob("checkpoint-*")), key=step_of)
+
+    def newest(self) -> Path | None:
+        return max(self.all(), key=step_of, default=None)
+
+    def resume(self, wanted: str | None) -> int:
+        """Load the checkpoint that was asked for; the number of steps that are done."""
+        if not wanted:
+            return 0
+        folder = Path(wanted)
+        if wanted == "latest":
+            newest = self.newest()
+            if newest is None:
+                self.accelerator.print(f"no checkpoint in {self.folder}, starting at step 0")
+                return 0
+            folder = newest
+        if not folder.is_dir() or not step_of(folder):
+            raise TrainingError(f"no checkpoint, which is a folder checkpoint-<step>: {folder}")
+        try:
+            state = json.loads((folder / STATE).read_text("utf-8"))
+            self._compare(folder, state["settings"])
+            self._load(folder, state)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise TrainingError(f"{folder} cannot be read: {error}") from error
+        self.saved = int(state["step"])
+        return self.saved
+
+    def _compare(self, folder: Path, before: Mapping[str, Any]) -> None:
+        changed = [
+            f"{key} {before[key]} → {value}"
+            for key, value in self.settings.items()
+            if key in before and before[key] != value
+        ]
+        if changed:
+            self.accelerator.print(f"{folder} was made with other settings: {'; '.join(changed)}")
+
+    def _load(self, folder: Path, state: Mapping[str, Any]) -> None:
+        parameters = self.parameters()
+        tensors = load_file(folder / "trained.safetensors")
+        shapes = ({name: t.shape for name, t in part.items()} for part in (tensors, parameters))
+        if next(shapes) != next(shapes):
+            raise TrainingError(f"{folder}: made with other settings (labels, rank or base model)")
+        if self.deepspeed:
+            self.accelerator.load_state(str(folder), load_module_strict=False)
+        else:
+            with torch.no_grad():
+                for name, parameter in parameters.items():
+                    parameter.copy_(like(tensors[name], parameter))
+            self._load_optimizer(load_file(folder / "optimizer.safetensors"))
+        if self.average is not None:
+            shadows = load_file(folder / "average.safetensors")
+            for name, shadow in zip(parameters, self.average.shadow_params, strict=True):
+                shadow.copy_(like(shadows[name], shadow))
+            self.average.optimization_step = state["average_steps"]
+        if not self.deepspeed:
+            # The optimizer's rates are the schedule's, which begins them anew.
+            scheduler = self.schedule.scheduler
+            scheduler.load_state_dict({**scheduler.state_dict(), **state["schedule"]})
+            for group, rate in zip(
+                self.optimizer.param_groups, scheduler.get_last_lr(), strict=True
+            ):
+                group["lr"] = rate
+        if state["scaler"] and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
+        full = self.optimizer.state_dict()
+        state: dict[int, dict[str, Tensor]] = {}
+        parameters = self.parameters()
+        for index, name in enumerate(self._names()):
+            own = {k.rpartition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{name}/")}
+            state[index] = {key: like(tensor, parameters[name]) for key, tensor in own.items()}
+        self.optimizer.load_state_dict({**full, "state": {i: s for i, s in state.items() if s}})
+
+
+def like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor where the parameter is, shared out as it is."""
+    mesh = getattr(parameter, "device_mesh", None)
+    if mesh is None or tensor.shape != parameter.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
+
+
+def step_of(checkpoint: Path) -> int:
+    """The N of `checkpoint-N`; 0 for other names."""
+    number = checkpoint.name.removeprefix("checkpoint-")
+    return int(number) if number.isdecimal() else 0
