@@ -67,7 +67,7 @@ $(COMFY_VENV)/ready: $(RUST_SOURCES) $(wildcard python/vmix/*.py) .venv/ready
 	else .venv/bin/uv pip install --quiet --python $(COMFY_PY) "$(COMFYUI_PATH)"; fi
 	# torchaudio's newest wheel does not fit torch's; ComfyUI does without it.
 	.venv/bin/uv pip uninstall --quiet --python $(COMFY_PY) torchaudio
-	.venv/bin/uv pip install --quiet --python $(COMFY_PY) diffusers playwright pytest requests
+	.venv/bin/uv pip install --quiet --python $(COMFY_PY) accelerate diffusers peft playwright pytest requests
 	.venv/bin/uv pip install --quiet --python $(COMFY_PY) --reinstall --no-deps dist/*.whl
 	touch $@
 

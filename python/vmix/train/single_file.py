@@ -98,6 +98,7 @@ def load_pipeline(path: str, *, prediction_type: str | None = None) -> Any:
         pipe = _of_folder(path)
     else:
         raise TrainingError(f"{path}: no such file or folder")
+    pipe.to(torch.float32)
     if changes:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     return pipe
@@ -116,14 +117,13 @@ def _of_folder(path: str) -> Any:
         unchecked = {"safety_checker": None, "requires_safety_checker": False}
         pipe = getattr(diffusers, name).from_pretrained(
             path,
-            torch_dtype=torch.float32,
             use_safetensors=True,
             variant="fp16" if halves else None,
             **(unchecked if name == known[0] else {}),
         )
     except (OSError, ValueError) as error:
         raise TrainingError(f"{path}: {' '.join(str(error).split())}") from error
-    _check_channels(path, pipe.unet.config.in_channels)
+    _check_channels(path, pipe.unet.config.in_channels, pipe.vae.config.latent_channels)
     return pipe
 
 
@@ -138,7 +138,7 @@ def _of_file(path: Path, shapes: Shapes) -> Any:
             _write_vocabulary(tokenizer)
         try:
             pipe = getattr(diffusers, KINDS[name].pipeline).from_single_file(
-                str(path), config=str(config), local_files_only=True, torch_dtype=torch.float32
+                str(path), config=str(config), local_files_only=True
             )
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             what = " ".join(str(error).split())
@@ -207,7 +207,7 @@ def _kind(path: Path, shapes: Shapes) -> str:
             if any(re.match(pattern, name) for name in shapes):
                 raise refused(found)
         raise refused(f"no Stable Diffusion U-Net, but {next(iter(shapes), 'nothing')}")
-    _check_channels(str(path), shapes[first][1])
+    _check_channels(str(path), shapes[first][1], 4)
     if any(name.startswith(("edm_mean", "edm_vpred.")) for name in shapes):
         raise refused("a model of EDM's noise levels, as Playground v2.5 and CosXL are")
     context = shapes[layers[0]][1]
@@ -222,7 +222,8 @@ def _kind(path: Path, shapes: Shapes) -> str:
     raise refused(f"a U-Net of {len(layers)} cross-attention layers with a context of {context}")
 
 
-def _check_channels(path: str, channels: int) -> None:
-    if channels != 4:
+def _check_channels(path: str, channels: int, latents: int) -> None:
+    """Inpainting models and the like take more than latents."""
+    if channels != latents:
         what = OTHERS.get(channels, "of another kind")
-        raise TrainingError(f"{path}: a model {what}, with {channels} channels; expected 4")
+        raise TrainingError(f"{path}: a model {what}, with {channels} channels; expected {latents}")
