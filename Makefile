@@ -40,7 +40,7 @@ python/vmix/_native.abi3.so: $(RUST_SOURCES)
 
 test: setup ## all tests but the slow ones
 	cargo test --locked --workspace
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile
 	$(MAKE) test-c
 
 test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hosts, sanitizers, fuzzing

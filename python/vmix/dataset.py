@@ -15,18 +15,24 @@ nothing. docs/training.md describes all of it.
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+"""What Pillow and its decoders raise for what is no image, or is damaged."""
 WORDS: Mapping[str, float | None] = {"positive": 1.0, "negative": 0.0, "unknown": None}
 OVERLAY = "aesthetics.jsonl"
+AES = ".aes.json"
+TEXT_LIMIT = 2**24
+"""Bytes of a caption or of labels; what is longer is neither."""
 Labels = dict[str, float | None]
 
 
@@ -50,16 +56,20 @@ class Example:
     missing: bool = field(default=False, compare=False)
     """Whether no such image exists."""
 
-    def read(self) -> bytes:
+    def read(self, limit: int | None = None) -> bytes:
+        sizes = [size for size in (self.size, limit) if size is not None]
         with self.file.open("rb") as file:
             file.seek(self.offset)
-            return file.read(-1 if self.size is None else self.size)
+            return file.read(min(sizes, default=-1))
 
-    def open(self) -> Image.Image:
-        """The image, its header read and its pixels not yet: OSError where it is none."""
+    def open(self, limit: int | None = None) -> Image.Image:
+        """The image, its header read and its pixels not yet: UNREADABLE where it is none.
+
+        Of a shard's image `limit` bytes are read, which are often enough for the header.
+        """
         if self.size is None:
             return Image.open(self.file)
-        return Image.open(BytesIO(self.read()))
+        return Image.open(BytesIO(self.read(limit)))
 
 
 @dataclass(frozen=True)
@@ -109,10 +119,20 @@ def parse_label(name: str, value: Any) -> float | None:
     )
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, str]]:
+def parse_json(data: bytes) -> Any:
+    """A JSON text; ValueError says what is wrong. A byte order mark is no part of it."""
+    try:
+        value = json.loads(data.decode("utf-8-sig"))
+        json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
+    return value
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """Lines that are not empty, and their numbers."""
-    # Not splitlines(): JSON strings may hold other characters that it takes for line ends.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    # Not splitlines(): only "\n" ends a line of JSON lines.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if line.strip():
             yield number, line
 
@@ -122,12 +142,16 @@ def _of_listing(folder: Path, problems: list[tuple[str, str]]) -> Iterator[Examp
     for number, line in json_lines(folder / "metadata.jsonl"):
         place = f"metadata.jsonl, line {number}"
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
+            if not isinstance(entry, dict):
+                raise ValueError("expected an object")
             name, caption = entry["file_name"], entry["text"]
             if not isinstance(name, str) or not isinstance(caption, str):
                 raise ValueError("file_name and text: expected strings")
             labels = parse_labels(entry.get("aesthetics") or {})
-        except (ValueError, KeyError, TypeError) as error:
+            file = folder / name
+            missing = not file.is_file()
+        except (ValueError, KeyError, OSError) as error:
             what = f"no {error}" if isinstance(error, KeyError) else str(error)
             problems.append((place, what))
             continue
@@ -135,23 +159,27 @@ def _of_listing(folder: Path, problems: list[tuple[str, str]]) -> Iterator[Examp
             problems.append((place, f"{name} is listed twice"))
             continue
         seen.add(name)
-        file = folder / name
-        yield Example(name, caption, labels, file, missing=not file.is_file())
+        yield Example(name, caption, labels, file, missing=missing)
 
 
 def _of_sidecars(folder: Path, problems: list[tuple[str, str]]) -> Iterator[Example]:
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() not in IMAGES or not file.is_file():
-            continue
-        key = file.relative_to(folder).as_posix()
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    # Hidden ones are thumbnails and notes of other programs.
+    named = [(f.relative_to(folder).as_posix(), f) for f in files]
+    named = [(key, file) for key, file in named if not re.search(r"(^|/)\.", key)]
+    images = [(key, file) for key, file in named if file.suffix.lower() in IMAGES]
+    stems = {file.with_suffix("") for _, file in images}
+    for key, file in named:
+        if key.endswith(AES) and file.with_name(file.name.removesuffix(AES)) not in stems:
+            problems.append((key, "no image beside it"))
+    for key, file in images:
         caption, labels = None, Labels()
         try:
             if file.with_suffix(".txt").is_file():
-                caption = file.with_suffix(".txt").read_text(encoding="utf-8").strip()
-            if file.with_suffix(".aes.json").is_file():
-                text = file.with_suffix(".aes.json").read_text(encoding="utf-8")
-                labels = parse_labels(json.loads(text))
-        except ValueError as error:
+                caption = file.with_suffix(".txt").read_bytes().decode("utf-8-sig").strip()
+            if file.with_suffix(AES).is_file():
+                labels = parse_labels(parse_json(file.with_suffix(AES).read_bytes()))
+        except (ValueError, OSError) as error:
             problems.append((key, f"side-car: {error}"))
             continue
         yield Example(key, caption, labels, file)
@@ -169,21 +197,29 @@ def _of_shard(shard: Path, folder: Path, problems: list[tuple[str, str]]) -> Ite
     name = shard.relative_to(folder).as_posix()
     members: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                if member.isfile():
-                    path, _, base = member.name.rpartition("/")
-                    stem, _, kind = base.partition(".")
-                    key = f"{path}/{stem}" if path else stem
-                    members.setdefault(key, {})[kind.lower()] = member
+        with shard.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            end = shard.stat().st_size
+            for member in _members(archive, name, problems):
+                # Names as webdataset's own reader splits them.
+                split = re.fullmatch(r"((?:.*/|)[^.]+)[.]([^/]*)", member.name, re.DOTALL)
+                if split is None or re.match(r"__[^/]*__($|/)", member.name):
+                    continue
+                parts = members.setdefault(split[1], {})
+                if split[2].lower() in parts:
+                    problems.append((f"{name}/{member.name}", "is in it twice"))
+                elif member.offset_data + member.size > end:
+                    problems.append((f"{name}/{member.name}", "cut off"))
+                else:
+                    parts[split[2].lower()] = member
             for key, parts in members.items():
                 place = f"{name}/{key}"
                 image = next((parts[i[1:]] for i in IMAGES if i[1:] in parts), None)
                 if image is None:
-                    problems.append((place, f"no image among {', '.join(sorted(parts))}"))
+                    if parts:
+                        problems.append((place, f"no image among {', '.join(sorted(parts))}"))
                     continue
                 try:
-                    caption, labels = _of_members(archive, parts)
+                    caption, labels = _of_members(file, parts)
                 except ValueError as error:
                     problems.append((place, str(error)))
                     continue
@@ -194,17 +230,33 @@ def _of_shard(shard: Path, folder: Path, problems: list[tuple[str, str]]) -> Ite
         problems.append((name, f"not a readable tar file: {error}"))
 
 
-def _of_members(
-    archive: tarfile.TarFile, parts: Mapping[str, tarfile.TarInfo]
-) -> tuple[str | None, Labels]:
-    def text(kind: str) -> str:
-        file = archive.extractfile(parts[kind])
-        assert file is not None  # only files are members
-        return file.read().decode("utf-8")
+def _members(
+    archive: tarfile.TarFile, name: str, problems: list[tuple[str, str]]
+) -> Iterator[tarfile.TarInfo]:
+    """Plain files up to the archive's end, or to where it is damaged, which is a problem."""
+    damage = ""
+    try:
+        for member in archive:
+            if member.isreg() and not member.issparse():
+                yield member
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        damage = f": {error}"
+    file: Any = archive.fileobj
+    file.seek(archive.offset)  # tarfile takes a damaged header for the end, which is zeros
+    if damage or file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+        problems.append((name, f"cut off or damaged at byte {archive.offset}{damage}"))
+
+
+def _of_members(file: BinaryIO, parts: Mapping[str, tarfile.TarInfo]) -> tuple[str | None, Labels]:
+    def data(kind: str) -> bytes:
+        if parts[kind].size > TEXT_LIMIT:
+            raise ValueError(f"{kind}: {parts[kind].size} bytes are no text")
+        file.seek(parts[kind].offset_data)
+        return file.read(parts[kind].size)
 
     caption, labels = None, Labels()
     if "json" in parts:
-        entry = json.loads(text("json"))
+        entry = parse_json(data("json"))
         if not isinstance(entry, dict):
             raise ValueError("json: expected an object")
         caption = entry.get("text", entry.get("caption"))
@@ -212,9 +264,9 @@ def _of_members(
             raise ValueError("json: expected a string as text")
         labels = parse_labels(entry.get("aesthetics") or {})
     if "txt" in parts:
-        caption = text("txt").strip()
-    if "aes.json" in parts:
-        labels = parse_labels(json.loads(text("aes.json")))
+        caption = data("txt").decode("utf-8-sig").strip()
+    if AES[1:] in parts:
+        labels = parse_labels(parse_json(data(AES[1:])))
     return caption, labels
 
 
@@ -227,10 +279,13 @@ def _overlaid(
     more: dict[str, Labels] = {}
     for number, line in json_lines(path):
         try:
-            entry = json.loads(line)
+            entry = parse_json(line)
+            if not isinstance(entry, dict) or not isinstance(entry["file_name"], str):
+                raise ValueError("expected an object with a file_name")
             more[entry["file_name"]] = parse_labels(entry["aesthetics"])
-        except (ValueError, KeyError, TypeError) as error:
-            problems.append((f"{path.name}, line {number}", str(error)))
+        except (ValueError, KeyError) as error:
+            what = f"no {error}" if isinstance(error, KeyError) else str(error)
+            problems.append((f"{path.name}, line {number}", what))
     return [
         Example(
             e.key, e.caption, {**more.get(e.key, {}), **e.aesthetics},

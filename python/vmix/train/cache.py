@@ -90,9 +90,10 @@ def in_parts(items: Iterable[Any], size: int) -> list[list[Any]]:
 def store_texts(
     base: Any, store: Store, captions: Iterable[str], bar: Any, rank: int, world: int
 ) -> None:
-    """Text features that are not there yet; each process does its part."""
-    todo = sorted({caption for caption in captions if key_of(caption) not in store})
-    for part in bar(in_parts(todo[rank::world], PART), desc="Captions"):
+    """Text features that are not there yet; each process does its part, whatever the others have
+    written by now."""
+    todo = [text for text in sorted(set(captions))[rank::world] if key_of(text) not in store]
+    for part in bar(in_parts(todo, PART), desc="Captions"):
         entries: dict[str, dict[str, Tensor]] = {}
         for few in in_parts(part, 64):
             for caption, *both in zip(few, *base.text(few), strict=True):

@@ -2,7 +2,7 @@
 
 `checkpoint-N` holds what is trained, the optimizer's state and the running average as safetensors,
 and the rest as JSON. What chance and order give is a function of the seed and the number of the
-step (order.py), so it needs no place in them. DeepSpeed shares its state out in files of its own.
+step (order.py), so it needs no place in them. They are the same however the training is shared out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vmix.train.distribution import Zero
 from vmix.train.errors import CheckpointError, TrainingError
 from vmix.train.model import gathered, trained_parameters
 
@@ -51,8 +52,12 @@ class Checkpoints:
     def parameters(self) -> dict[str, nn.Parameter]:
         return trained_parameters(self.accelerator.unwrap_model(self.model))
 
-    def save(self, step: int) -> None:
-        """Written under another name first, so that "latest" never finds half of one."""
+    def save(self, step: int, doubtful: bool = False) -> None:
+        """Written under another name first, so that "latest" never finds half of one.
+
+        A doubtful state, after which the loss was no number, is written if it is finite, and the
+        older ones are kept, which may be better.
+        """
         folder = self.folder / f"checkpoint-{step}"
         part = folder.with_suffix(".part")
         main = self.accelerator.is_main_process
@@ -60,25 +65,33 @@ class Checkpoints:
         if main:
             shutil.rmtree(part, ignore_errors=True)
         self.accelerator.wait_for_everyone()
-        tensors = {name: gathered(p).cpu().contiguous() for name, p in self.parameters().items()}
-        moments = {} if self.deepspeed else self._optimizer_state()
-        averages = self._average_state()
+        parameters = self.parameters()
         if self.deepspeed:
-            self.accelerator.save_state(str(part), exclude_frozen_parameters=True)
+            zero = Zero(self.optimizer, parameters)
+            tensors, moments = zero.weights(), zero.moments()
+        else:
+            tensors = {name: gathered(p).cpu().contiguous() for name, p in parameters.items()}
+            moments = self._optimizer_state()
+        averages = self._average_state()
+        state = (*tensors.values(), *moments.values())
+        if doubtful and not all(bool(t.isfinite().all()) for t in state):
+            return
         if main:
             try:
                 part.mkdir(parents=True, exist_ok=True)
                 save_file(tensors, part / "trained.safetensors")
-                if moments:
-                    save_file(moments, part / "optimizer.safetensors")
+                save_file(moments, part / "optimizer.safetensors")
                 if averages:
                     save_file(averages, part / "average.safetensors")
                 (part / STATE).write_text(json.dumps(self._state(step), indent=1), "utf-8")
+                old = folder.with_suffix(".old")
+                shutil.rmtree(old, ignore_errors=True)
                 if folder.exists():  # of an earlier run
-                    folder.rename(folder.with_suffix(".old"))
+                    folder.rename(old)
                 part.rename(folder)
-                shutil.rmtree(folder.with_suffix(".old"), ignore_errors=True)
-                self._forget(folder)
+                shutil.rmtree(old, ignore_errors=True)
+                if not doubtful:
+                    self._forget(folder)
             except (OSError, SafetensorError) as failure:
                 error = failure
                 shutil.rmtree(part, ignore_errors=True)
@@ -87,7 +100,8 @@ class Checkpoints:
         )
         if failed.any():
             last = f"the last one is {self.newest()}" if self.newest() else "there is no other"
-            raise CheckpointError(f"{folder} could not be written: {error}; {last}")
+            why = error or "another process has the reason"
+            raise CheckpointError(f"{folder} could not be written: {why}; {last}")
         self.saved = step
 
     def _state(self, step: int) -> dict[str, Any]:
@@ -95,11 +109,7 @@ class Checkpoints:
         return {
             "step": step,
             "settings": self.settings,
-            "schedule": {
-                key: value
-                for key, value in self.schedule.scheduler.state_dict().items()
-                if isinstance(value, (int, float, list)) and "lambda" not in key
-            },
+            "schedule": self.schedule.scheduler.last_epoch,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "average_steps": self.average.optimization_step if self.average else None,
             "processes": self.accelerator.num_processes,
@@ -129,7 +139,7 @@ class Checkpoints:
     def _forget(self, newest: Path) -> None:
         if self.limit is not None:
             kept = [folder for folder in self.all() if folder != newest]
-            for folder in kept[: len(kept) - self.limit + 1]:
+            for folder in kept[: max(0, len(kept) - self.limit + 1)]:
                 shutil.rmtree(folder)
 
     def all(self) -> list[Path]:
@@ -175,26 +185,28 @@ class Checkpoints:
         shapes = ({name: t.shape for name, t in part.items()} for part in (tensors, parameters))
         if next(shapes) != next(shapes):
             raise TrainingError(f"{folder}: made with other settings (labels, rank or base model)")
+        moments = load_file(folder / "optimizer.safetensors")
         if self.deepspeed:
-            self.accelerator.load_state(str(folder), load_module_strict=False)
+            Zero(self.optimizer, parameters).load(tensors, moments)
         else:
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(like(tensors[name], parameter))
-            self._load_optimizer(load_file(folder / "optimizer.safetensors"))
+            self._load_optimizer(moments)
         if self.average is not None:
             shadows = load_file(folder / "average.safetensors")
             for name, shadow in zip(parameters, self.average.shadow_params, strict=True):
                 shadow.copy_(like(shadows[name], shadow))
             self.average.optimization_step = state["average_steps"]
-        if not self.deepspeed:
-            # The optimizer's rates are the schedule's, which begins them anew.
-            scheduler = self.schedule.scheduler
-            scheduler.load_state_dict({**scheduler.state_dict(), **state["schedule"]})
-            for group, rate in zip(
-                self.optimizer.param_groups, scheduler.get_last_lr(), strict=True
-            ):
-                group["lr"] = rate
+        # Only the place in the schedule, in which accelerate counts every process's steps: rates
+        # are what is asked for now.
+        scheduler = self.schedule.scheduler
+        place = int(state["schedule"]) * self.accelerator.num_processes // int(state["processes"])
+        scheduler.last_epoch = place
+        factors = [factor(place) for factor in scheduler.lr_lambdas]
+        scheduler._last_lr = [r * f for r, f in zip(scheduler.base_lrs, factors, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
         if state["scaler"] and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 

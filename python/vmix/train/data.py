@@ -14,12 +14,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from vmix.dataset import DatasetError, Example, read_dataset
+from vmix.dataset import UNREADABLE, DatasetError, Example, read_dataset
 from vmix.train.errors import TrainingError, complain
 
 UNKNOWN = 0.5
 """The weight of a label that is unknown: half way between its positive and its negative."""
 MAX_ASPECT = 2.0
+_HEADER = 2**16  # bytes
 
 Size = tuple[int, int]  # height, width
 
@@ -120,14 +121,17 @@ def _size(example: Example, verify: bool) -> Size | str:
     """Height and width as viewers show it, or what is wrong."""
     if example.missing:
         return f"no such image: {example.file}"
-    try:
-        with example.open() as image:
-            if verify:
-                image.load()
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return image.size if turned else (image.height, image.width)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"not an image: {error}"
+    error: BaseException | None = None
+    for limit in (None,) if verify or example.size is None else (_HEADER, None):
+        try:
+            with example.open(limit) as image:
+                if verify:
+                    image.load()
+                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+                return image.size if turned else (image.height, image.width)
+        except UNREADABLE as failure:
+            error = failure
+    return f"not an image: {error}"
 
 
 def buckets(resolution: int, step: int, max_aspect: float = MAX_ASPECT) -> list[Size]:
@@ -153,7 +157,7 @@ def to_pixels(example: Example, shape: Size) -> tuple[Tensor, Tensor]:
         with example.open() as file:
             image = ImageOps.exif_transpose(file)  # as viewers show it
             image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise TrainingError(f"{example.key} cannot be read: {error}") from error
     if image.has_transparency_data:
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from vmix.train.base import Base
 from vmix.train.cache import PART, Store, in_parts, key_of, store_texts
 from vmix.train.data import UNKNOWN, Size, Usable, buckets, nearest_bucket, to_pixels
-from vmix.train.errors import TrainingError
+from vmix.train.errors import TrainingError, sentence
 from vmix.train.objective import (
     Batch,
     Chances,
+    leave_signals,
     step_size,
     target_of,
     weighted_loss,
@@ -53,28 +54,41 @@ class Denoising:
         self.step = step_size(args, world)
         self.latents: Store | None = None
         self.texts: Store | None = None
-        self.empty = base.text([""])
+        self.keys: list[str] = []
+        """Of the images in `latents`."""
+        if not args.cache_latents:
+            self.empty = base.text([""])
 
     def prepare(self, bar: Any, rank: int, world: int, together: Any) -> None:
         if not self.args.cache_latents:
             return
         folder = self.args.cache_dir / self.base.fingerprint()
         self.texts, self.latents = Store(folder / "texts"), Store(folder / "latents")
-        captions = [image.caption for image in self.images]
+        captions = ["", *(image.caption for image in self.images)]
         store_texts(self.base, self.texts, captions, bar, rank, world)
-        todo = [i for i in range(len(self.images)) if self._key(i) not in self.latents]
-        for part in bar(in_parts(todo[rank::world], PART), desc="Latents"):
+        self.keys = [self._key(index) for index in range(len(self.images))]
+        own = range(rank, len(self.keys), world)  # whatever the others have written by now
+        todo = [index for index in own if self.keys[index] not in self.latents]
+        for part in bar(in_parts(todo, PART), desc="Latents"):
             entries: dict[str, dict[str, Tensor]] = {}
             loader = torch.utils.data.DataLoader(
-                _Pixels(self, part), None, num_workers=self.args.dataloader_num_workers
+                _Pixels(self, part),
+                None,
+                num_workers=self.args.dataloader_num_workers,
+                worker_init_fn=leave_signals,
             )
-            for index, pixels, sizes in loader:
-                moments = self.base.moments(pixels[None])[0]
-                entries[self._key(index)] = {"moments": moments, "sizes": sizes}
+            try:
+                for index, pixels, sizes in loader:
+                    moments = self.base.moments(pixels[None])[0]
+                    entries[self.keys[index]] = {"moments": moments, "sizes": sizes}
+            except (TrainingError, RuntimeError) as error:
+                raise TrainingError(f"--cache_latents: {sentence(error)}") from error
             self.latents.put(entries)
         together()
         self.texts.refresh()
         self.latents.refresh()
+        empty = self.texts[key_of("")]
+        self.empty = empty["context"][None], empty["pooled"][None]
         self.base.place_encoders("cpu")
 
     def _key(self, index: int) -> str:
@@ -91,7 +105,7 @@ class Denoising:
         number, index = place
         item: Batch = {"number": number, "index": index, "caption": self.images[index].caption}
         if self.latents is not None and self.texts is not None:
-            return item | self.latents[self._key(index)] | self.texts[key_of(item["caption"])]
+            return item | self.latents[self.keys[index]] | self.texts[key_of(item["caption"])]
         pixels, sizes = to_pixels(self.images[index].example, self.shapes[index])
         return item | {"pixels": pixels, "sizes": sizes}
 

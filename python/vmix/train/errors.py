@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import signal
 from collections.abc import Sequence
 
 
@@ -11,6 +13,19 @@ class TrainingError(Exception):
 
 class StoppedError(Exception):
     """Ctrl-C, or a polite request to end."""
+
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.number = number
+        """The signal."""
+
+
+class OtherError(TrainingError):
+    """Another process has the error, and says it."""
+
+
+class DivergedError(TrainingError):
+    """A loss or a gradient that is no number."""
 
 
 class CheckpointError(TrainingError):
@@ -22,3 +37,11 @@ def complain(title: str, problems: Sequence[str], limit: int = 20) -> None:
     if problems:
         more = [f"… and {len(problems) - limit} more"] if len(problems) > limit else []
         raise TrainingError("\n  ".join([f"{title}:", *problems[:limit], *more]))
+
+
+def sentence(error: Exception) -> str:
+    """What the error says, also where a worker process has wrapped it in its own traceback."""
+    lines = str(error).strip().splitlines()
+    if not any(line.startswith("Original Traceback") for line in lines):
+        return str(error)
+    return re.sub(r"^[\w.]+Error: ", "", lines[-1])

@@ -83,26 +83,34 @@ def save_lora(base: Base, path: Path, dtype: torch.dtype, main: bool) -> None:
     layers = {f"unet.{name}": gathered(t).to(dtype).cpu().contiguous() for name, t in state.items()}
     if main:
         part = path.with_suffix(".part")
-        save_file(layers, part, {"format": "pt"})
-        part.chmod(0o644)
-        part.replace(path)
+        try:
+            save_file(layers, part, {"format": "pt"})
+            part.chmod(0o644)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
 
-def save_unet(base: Base, folder: Path, dtype: torch.dtype) -> None:
+def save_unet(base: Base, folder: Path, dtype: torch.dtype, main: bool) -> None:
     """A diffusers folder of the whole base, as it is after fine-tuning."""
     import copy
 
-    pipe = copy.copy(base.pipe)
-    pipe.register_modules(unet=copy.deepcopy(base.unet).to("cpu", dtype))
-    pipe.save_pretrained(folder)
+    tensors = base.unet.state_dict().items()
+    state = {name: gathered(t).to("cpu", dtype).contiguous() for name, t in tensors}
+    if main:
+        with torch.device("meta"):
+            unet = type(base.unet).from_config(base.unet.config)
+        unet.load_state_dict(state, assign=True)
+        pipe = copy.copy(base.pipe)
+        pipe.register_modules(unet=unet)
+        pipe.save_pretrained(folder)
 
 
 CARD = """---
-license: {license}
+{license}
 library_name: diffusers
 tags: [vmix, stable-diffusion, aesthetics, text-to-image]
-base_model: {base}
----
+{base}---
 
 # {title}
 
@@ -145,8 +153,8 @@ def model_card(
     record = json.loads(adapter.trained)
     listed = [f"- `{file}`: {what}" for file, what in files.items()]
     return CARD.format(
-        license=(spec.get("license") or "other").lower(),
-        base=base if not Path(base).exists() else Path(base).name,
+        license=_license(spec.get("license") or "other"),
+        base="" if Path(base).exists() else f"base_model: {base}\n",  # the hub takes only its own
         title=spec.get("title") or name,
         architecture=spec.get("architecture", adapter.base),
         description=f"\n{spec['description']}\n" if spec.get("description") else "",
@@ -156,6 +164,13 @@ def model_card(
         files="\n".join(listed),
         trained="\n".join(f"| {cell(k)} | {cell(v)} |" for k, v in record.items()),
     )
+
+
+def _license(name: str) -> str:
+    """The hub takes its own identifiers; any other name goes beside `other`."""
+    if re.fullmatch(r"[a-z0-9.+-]+", name.lower()):
+        return f"license: {name.lower()}"
+    return f"license: other\nlicense_name: {json.dumps(name)}"
 
 
 def cell(value: object) -> str:

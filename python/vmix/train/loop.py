@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from safetensors import SafetensorError
+from torch.distributed.fsdp import register_fsdp_forward_method
 from tqdm.auto import tqdm
 
 from vmix import Adapter, VMixError, init_adapter, read_label_list
@@ -32,9 +34,17 @@ from vmix.train.base import Base
 from vmix.train.checkpoint import Checkpoints
 from vmix.train.data import usable_images
 from vmix.train.denoising import Denoising
-from vmix.train.errors import CheckpointError, StoppedError, TrainingError
+from vmix.train.distribution import fit_plugins
+from vmix.train.errors import (
+    CheckpointError,
+    DivergedError,
+    OtherError,
+    StoppedError,
+    TrainingError,
+    sentence,
+)
 from vmix.train.model import Denoiser, ValueBranch, add_lora, trained_parameters
-from vmix.train.objective import Objective, collate, step_size
+from vmix.train.objective import Objective, collate, leave_signals, step_size
 from vmix.train.options import check_args, parse_args, read_lines, settings
 from vmix.train.order import OwnBatches
 
@@ -52,18 +62,27 @@ class Run:
         if args.validation_prompts:
             self.prompts += read_lines(args.validation_prompts, "--validation_prompts")
         tracker = tracker_of(args.report_to)
-        self.accelerator = accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            mixed_precision=args.mixed_precision,
-            log_with=tracker,
-            project_config=ProjectConfiguration(
-                str(args.output_dir), str(args.output_dir / "logs")
-            ),
-            # Buffers never change: one collective less, which could wait for a process in trouble.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
+        try:
+            self.accelerator = accelerator = Accelerator(
+                gradient_accumulation_steps=args.gradient_accumulation_steps,
+                mixed_precision=args.mixed_precision,
+                log_with=tracker,
+                project_config=ProjectConfiguration(
+                    str(args.output_dir), str(args.output_dir / "logs")
+                ),
+                # Buffers never change: one collective less, which could wait for a process in
+                # trouble.
+                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+            )
+        except ValueError as error:  # a precision the device has not, a tracker nobody knows
+            raise TrainingError(str(error)) from error
+        if tracker and not accelerator.log_with:
+            raise TrainingError(f"--report_to {tracker}: its package is not installed")
+        fit_plugins(accelerator, args)
         set_seed(args.seed)
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.trouble: Exception | None = None
+        """What ends the training as soon as all processes can be told."""
         self.bar = partial(tqdm, disable=not accelerator.is_local_main_process, leave=False)
         labels = [label.name for label in read_label_list(args.labels)] if args.train_vmix else []
         say = accelerator.print
@@ -106,10 +125,19 @@ class Run:
         ):  # what the file's writer refuses, it refuses now, not after days
             self.adapter(0)
 
+        # Before FSDP shares out the U-Net that draws pictures.
+        try:
+            self.objective.prepare(self.bar, self.rank, self.world, self._agree)
+        except OtherError:
+            raise
+        except (TrainingError, OSError, SafetensorError) as error:
+            self._agree(error)
+
         self.denoiser = denoiser = Denoiser(base.unet, self.branch)
         self.model, self.optimizer, self.schedule = accelerator.prepare(
             denoiser, *self._optimizer(denoiser)
         )
+        register_fsdp_forward_method(self.model, "alone")
         self.average: Any = None
         if args.use_ema:
             from diffusers.training_utils import EMAModel
@@ -121,7 +149,6 @@ class Run:
             args.output_dir, settings(args), args.checkpoints_total_limit,
         )  # fmt: skip
         self.done = self.checkpoints.resume(args.resume_from_checkpoint)
-        self.objective.prepare(self.bar, self.rank, self.world, accelerator.wait_for_everyone)
         self.validation = validation.Validation(base, self.prompts, args) if self.prompts else None
         self.picture: Path | None = None
         if tracker:
@@ -143,12 +170,15 @@ class Run:
             if find_spec("bitsandbytes") is None:
                 raise TrainingError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes")
             make = import_module("bitsandbytes.optim").AdamW8bit
-        optimizer = make(
-            [group for group in groups if group["params"]],
-            betas=(args.adam_beta1, args.adam_beta2),
-            weight_decay=args.adam_weight_decay,
-            eps=args.adam_epsilon,
-        )
+        try:
+            optimizer = make(
+                [group for group in groups if group["params"]],
+                betas=(args.adam_beta1, args.adam_beta2),
+                weight_decay=args.adam_weight_decay,
+                eps=args.adam_epsilon,
+            )
+        except ValueError as error:
+            raise TrainingError(f"the optimizer takes no such option: {error}") from error
         try:
             schedule = get_scheduler(
                 args.lr_scheduler,
@@ -175,17 +205,25 @@ class Run:
     def train(self) -> None:
         """All steps. Whatever ends them early leaves a checkpoint of the last one."""
         args, accelerator = self.args, self.accelerator
-        self._trim_metrics()
+        try:
+            self._trim_metrics()
+        except OSError as error:
+            self.trouble = error
+        self._agree(self.trouble)
         with asked_to_stop() as asked:
             try:
                 self._steps(asked)
                 self.checkpoints.save(self.done)
-            except (TrainingError, StoppedError) as error:
-                if self.checkpoints.saved < self.done and not isinstance(error, CheckpointError):
-                    self.checkpoints.save(self.done)
+            except CheckpointError:
+                raise
+            except (TrainingError, StoppedError, OSError, SafetensorError) as error:
+                if self.checkpoints.saved < self.done:
+                    self.checkpoints.save(self.done, doubtful=isinstance(error, DivergedError))
                 newest = self.checkpoints.newest()
                 where = f"; {newest} is where to resume" if newest else ""
-                raise type(error)(f"{error}{where}") from error
+                if isinstance(error, StoppedError):
+                    raise StoppedError(f"{error}{where}", error.number) from error
+                raise TrainingError(f"{error}{where}") from error
         self.finish()
         accelerator.end_training()
         accelerator.print(f"wrote {args.output_dir}")
@@ -201,6 +239,7 @@ class Run:
                 batch_sampler=batches,
                 collate_fn=collate,
                 num_workers=args.dataloader_num_workers,
+                worker_init_fn=leave_signals,
                 pin_memory=accelerator.device.type == "cuda",
             )
         )
@@ -221,12 +260,13 @@ class Run:
                     with accelerator.accumulate(self.model):
                         loss = self.objective.loss(self.model, batch)
                         losses.append(loss.detach())
-                        accelerator.backward(loss)
-                        if accelerator.sync_gradients:
+                        if accelerator.sync_gradients:  # DeepSpeed's backward is the step too
                             mean = torch.stack(losses).mean()
                             value = float(accelerator.reduce(mean, "mean"))
                             if not math.isfinite(value):
-                                raise TrainingError(f"step {self.done + 1}: the loss is {value}")
+                                raise DivergedError(f"step {self.done + 1}: the loss is {value}")
+                        accelerator.backward(loss)
+                        if accelerator.sync_gradients:
                             self._clip()
                         self.optimizer.step()
                         self.schedule.step()
@@ -252,25 +292,26 @@ class Run:
 
     def _next(self, loader: Iterator[Any], asked: Sequence[int]) -> Any:
         """The next batch. One process in trouble, or asked to stop, stops all of them."""
-        batch, error = None, None
-        try:
-            batch = next(loader)
-        except (TrainingError, OSError, SafetensorError) as failure:
-            error = TrainingError(f"step {self.done + 1}: {failure}")
-        except RuntimeError as failure:
-            # A worker process wraps the error in its own traceback.
-            what = str(failure).strip().splitlines()[-1].removeprefix("vmix.train.errors.")
-            error = TrainingError(f"step {self.done + 1}: {what.removeprefix('TrainingError: ')}")
-        flags = torch.tensor([error is not None, bool(asked)], device=self.accelerator.device)
+        batch, error = None, self.trouble
+        if error is None:
+            try:
+                batch = next(loader)
+            except (TrainingError, OSError, SafetensorError, RuntimeError) as failure:
+                error = TrainingError(f"step {self.done + 1}: {sentence(failure)}")
+        self._agree(error, asked)
+        return batch
+
+    def _agree(self, error: Exception | None = None, asked: Sequence[int] = ()) -> None:
+        """Waits for the others, and ends all where one has an error or was asked to stop."""
+        flags = torch.tensor([error is not None, *asked[:1], 0][:2], device=self.accelerator.device)
         if self.world > 1:
-            flags = self.accelerator.gather(flags[None]).any(0)
+            flags = self.accelerator.gather(flags[None]).amax(0)
         if error is not None:
             raise error
         if flags[0]:
-            raise TrainingError(f"step {self.done + 1}: another process could not go on")
+            raise OtherError("another process could not go on")
         if flags[1]:
-            raise StoppedError(f"stopped after step {self.done}")
-        return batch
+            raise StoppedError(f"stopped after step {self.done}", int(flags[1]))
 
     def _clip(self) -> None:
         parameters = list(trained_parameters(self.model).values())
@@ -278,7 +319,7 @@ class Run:
         if norm is None or self.accelerator.scaler is not None:  # half precision skips such steps
             return
         if not math.isfinite(float(norm)):
-            raise TrainingError(f"step {self.done + 1}: the gradient's norm is {float(norm)}")
+            raise DivergedError(f"step {self.done + 1}: the gradient's norm is {float(norm)}")
 
     # --- notes, pictures, files ------------------------------------------------------------------
 
@@ -290,7 +331,12 @@ class Run:
         path = self.args.output_dir / METRICS
         lines = path.read_text("utf-8").splitlines() if path.exists() and self.done else []
         kept = [line for line in lines if _step(line) <= self.done]
-        path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+        part = path.with_suffix(".part")
+        try:
+            part.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
 
     def _note(self, loss: float, rate: float, seconds: float) -> None:
         if self.accelerator.is_main_process:
@@ -299,25 +345,26 @@ class Run:
                 with (self.args.output_dir / METRICS).open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
             except OSError as error:
-                raise TrainingError(f"step {self.done}: {error}") from error
+                self.trouble = TrainingError(f"step {self.done}: {error}")
 
     def validate(self) -> None:
+        if self.validation is not None and self.trouble is None:
+            self._draw(self.validation)
+        self._agree(self.trouble)
+
+    def _draw(self, pictures: validation.Validation) -> None:
         everyone = self.accelerator.distributed_type == DistributedType.FSDP
-        if self.validation is None:
-            return
         with self._averaged():
             adapter = self.adapter(self.done) if self.branch is not None else None
             if self.accelerator.is_main_process or everyone:
-                self.denoiser.alone()
-                image = self.validation.grid(adapter)
+                image = self.denoiser.alone(lambda: pictures.grid(adapter))
                 if self.accelerator.is_main_process:
                     try:
                         folder = self.args.output_dir / "validation"
                         self.picture = validation.save_grid(image, folder, self.done)
                         validation.log_grid(self.accelerator.trackers, image, self.done)
                     except OSError as error:
-                        raise TrainingError(f"validation at step {self.done}: {error}") from error
-        self.accelerator.wait_for_everyone()
+                        self.trouble = TrainingError(f"validation at step {self.done}: {error}")
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -369,8 +416,8 @@ class Run:
                     name = f"{args.name}-lora.safetensors"
                     export.save_lora(self.base, args.output_dir / name, dtype, main)
                     files[name] = "the LoRA trained beside it, which inference does not need"
-                if args.full_finetune and main:
-                    export.save_unet(self.base, args.output_dir / "model", dtype)
+                if args.full_finetune:
+                    export.save_unet(self.base, args.output_dir / "model", dtype, main)
                 if adapter is not None and main:
                     adapter.save(args.output_dir / f"{args.name}.safetensors")
                     presets = export.save_presets(adapter, args.output_dir / "presets", dtype)
@@ -381,9 +428,10 @@ class Run:
                     (args.output_dir / "README.md").write_text(card, "utf-8")
             except (OSError, SafetensorError, VMixError) as error:
                 newest = self.checkpoints.newest()
-                raise TrainingError(
+                self.trouble = TrainingError(
                     f"{error}; all steps are done, {newest} resumes to write the files"
-                ) from error
+                )
+        self._agree(self.trouble)
         if args.push_to_hub and main:
             export.push(args.output_dir, args.hub_model_id or args.output_dir.resolve().name)
 
@@ -435,12 +483,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     try:
         Run(parse_args(argv)).train()
-    except (TrainingError, VMixError) as error:
+    except (TrainingError, VMixError, OSError, SafetensorError) as error:
         raise SystemExit(f"vmix.train: {error}") from None
     except StoppedError as error:
-        print(f"vmix.train: {error}", flush=True)
-        raise SystemExit(130) from None
+        print(f"vmix.train: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + error.number) from None
     except KeyboardInterrupt:
+        print("vmix.train: stopped at once", file=sys.stderr, flush=True)
         raise SystemExit(130) from None
     finally:
         if dist.is_available() and dist.is_initialized():

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.utils.dlpack import from_dlpack
 
 from vmix import Adapter
 
+T = TypeVar("T")
 LORA_LAYERS = (
     # linear
     *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"),
@@ -46,6 +48,7 @@ class ValueBranch(nn.Module):
 
     def forward(self, labels: Tensor) -> list[Tensor]:
         """V_a [B, C, inner_dim] of every layer for label features f_t [B, N, d]."""
+        labels = labels.to(self.linear.weight.dtype)  # FSDP and DeepSpeed halve parameters only
         spread = self.linear(labels.transpose(1, 2)).transpose(1, 2)
         f_a = self.zero(self.norm(spread))
         return [to_v(f_a) for to_v in self.to_v_aes]
@@ -112,9 +115,10 @@ class Denoiser(nn.Module):
             self._values = values
         return self.unet(sample, timesteps, context, added_cond_kwargs=conditions).sample  # type: ignore[no-any-return]
 
-    def alone(self) -> None:
-        """From here on the U-Net is its own, until the next `forward` with weights."""
+    def alone(self, work: Callable[[], T]) -> T:
+        """What `work` returns, while the U-Net is its own; under FSDP a forward, as `forward`."""
         self._values = None
+        return work()
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

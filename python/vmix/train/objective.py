@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -97,3 +98,9 @@ def collate(items: Iterable[Batch]) -> Batch:
         else [row[key] for row in rows]
         for key in rows[0]
     }
+
+
+def leave_signals(_worker: int = 0) -> None:
+    """For workers: Ctrl-C reaches them too, but whether to stop is the process's own to say."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

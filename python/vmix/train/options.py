@@ -18,6 +18,7 @@ DTYPES = ("f32", "f16", "bf16")
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         "vmix.train",
+        allow_abbrev=False,
         description="Train a VMix adapter. docs/training.md describes data and options.",
         epilog="Flags are named as in diffusers' training scripts. --config takes them from a "
         "YAML file, `learning_rate: 1e-4`; the command line wins.",
@@ -77,7 +78,8 @@ def _without_images(group: Any) -> None:
     add("--objective", choices=OBJECTIVES, default="denoising", help="denoising: from images, as "
         "the paper. text-pairs: the base with the labels' words in the prompt is the teacher. "
         "lora: the base with one LoRA per label is.")  # fmt: skip
-    add("--prompts", type=Path, help="Text file with a prompt on each line.")
+    add("--prompts", type=Path, help="Text file with a prompt on each line. {words} in one "
+        "is where text pairs' words go; the bare prompt is without it.")  # fmt: skip
     add("--samples_per_prompt", type=int, default=4, help="Pictures of its own for each prompt.")
     add("--sample_guidance", type=float, default=7.5, help="Guidance that they are made with.")
     add("--sample_steps", type=int, default=25)
@@ -85,14 +87,14 @@ def _without_images(group: Any) -> None:
         "(text-pairs), or {file, positive, negative} with two scales (lora).")  # fmt: skip
     add("--teacher_strength", type=float, default=1.0,
         help="How far text pairs are pushed apart: η of Concept Sliders.")  # fmt: skip
-    add("--teacher_template", default="{prompt}, {words}", help="How words join a prompt.")
+    add("--teacher_template", default="{prompt}, {words}",
+        help="How words join a prompt that does not say where.")  # fmt: skip
 
 
 def _trained(group: Any) -> None:
     add, switch = group.add_argument, partial(group.add_argument, action="store_true")
     add("--rank", type=int, help="Of the LoRA beside the adapter, 0 for none; 64 with images, else "
         "0, unless given.")  # fmt: skip
-    add("--train_vmix", action="store_true", default=True, help=argparse.SUPPRESS)
     add("--no_vmix", dest="train_vmix", action="store_false", help="Train the LoRA only.")
     switch("--full_finetune", help="Train the U-Net itself and nothing else, to compare with; "
            "writes a diffusers folder.")  # fmt: skip
@@ -153,7 +155,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     first.add_argument("--config", type=Path)
     config: Path | None = first.parse_known_args(given)[0].config
     made = parser()
-    args = made.parse_args([*(_of_config(config, made) if config else ()), *given])
+    args = made.parse_args([*(_of_config(config, made, given) if config else ()), *given])
     if args.rank is None:
         args.rank = 64 if args.objective == "denoising" and not args.full_finetune else 0
     if args.full_finetune:
@@ -163,8 +165,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def _of_config(path: Path, made: argparse.ArgumentParser) -> list[str]:
-    """A YAML file as arguments, so that it is checked as they are."""
+def _of_config(path: Path, made: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
+    """A YAML file as arguments, without those that the command line gives too."""
     yaml_error, settings = read_yaml(path)
     if yaml_error or not isinstance(settings, dict):
         raise TrainingError(f"--config {path}: {yaml_error or 'expected `option: value` lines'}")
@@ -174,6 +176,7 @@ def _of_config(path: Path, made: argparse.ArgumentParser) -> list[str]:
         for option in action.option_strings
         if option.startswith("--") and option not in ("--config", "--help")
     }
+    flags = {argument.partition("=")[0] for argument in given}
     problems, arguments = [], []
     for key, value in settings.items():
         action = actions.get(str(key))
@@ -184,16 +187,39 @@ def _of_config(path: Path, made: argparse.ArgumentParser) -> list[str]:
                 problems.append(f"{key}: expected true or false, found {value!r}")
             elif value:
                 arguments.append(f"--{key}")
-        elif isinstance(value, list) and isinstance(action, argparse._AppendAction):
-            arguments += [f"--{key}={one}" for one in value]
-        elif isinstance(value, list):
-            arguments.append(f"--{key}={','.join(map(str, value))}")
-        elif isinstance(value, (dict, type(None))):
-            problems.append(f"{key}: expected a value, found {value!r}")
-        else:
-            arguments.append(f"--{key}={value}")
+        elif (texts := _texts(action, value)) is None:
+            problems.append(f"{key}: expected {_expected(action)}, found {value!r}")
+        elif f"--{key}" not in flags:
+            arguments += [f"--{key}={text}" for text in texts]
     complain(f"--config {path}", problems)
     return arguments
+
+
+def _texts(action: argparse.Action, value: Any) -> list[str] | None:
+    """The option's arguments, None where it takes no such value."""
+    if value is False and "no" in (action.choices or ()):
+        value = "no"  # which YAML takes for false
+    several = value if isinstance(value, list) else [value]
+    if not several or any(isinstance(one, (bool, dict, list, type(None))) for one in several):
+        return None
+    texts = [str(one) for one in several]
+    if not isinstance(action, argparse._AppendAction):
+        texts = [",".join(texts)]
+    try:
+        for text in texts:
+            made = action.type(text) if callable(action.type) else text
+            if action.choices is not None and made not in action.choices:
+                return None
+    except ValueError:
+        return None
+    return texts
+
+
+def _expected(action: argparse.Action) -> str:
+    if action.choices is not None:
+        return " or ".join(map(str, action.choices))
+    kinds: dict[Any, str] = {int: "a whole number", float: "a number", _numbers: "numbers"}
+    return kinds.get(action.type, "a text")
 
 
 def read_yaml(path: Path) -> tuple[str, Any]:
@@ -252,8 +278,9 @@ def check_args(args: argparse.Namespace) -> None:
     for key in ("resolution", "checkpoints_total_limit", "snr_gamma"):
         if getattr(args, key) is not None and getattr(args, key) <= 0:
             problems.append(f"--{key} {getattr(args, key)} is not positive")
-    if args.rank < 0:
-        problems.append(f"--rank {args.rank} is negative")
+    for key in ("rank", "seed", "lr_warmup_steps", "dataloader_num_workers"):
+        if getattr(args, key) < 0:
+            problems.append(f"--{key} {getattr(args, key)} is negative")
     if Path(args.name).name != args.name:
         problems.append(f"--name {args.name} is not a file's name; --output_dir is for folders")
     if args.output_dir.exists() and not args.output_dir.is_dir():
@@ -266,7 +293,13 @@ def settings(args: argparse.Namespace) -> Mapping[str, Any]:
     kept = (
         *("objective", "train_vmix", "rank", "full_finetune", "apply_to", "text_dropout"),
         *("label_dropout", "missing_labels", "resolution", "aspect_ratio_buckets", "bucket_step"),
-        *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "seed"),
+        *(
+            "shuffle_window",
+            "train_batch_size",
+            "gradient_accumulation_steps",
+            "learning_rate",
+            "seed",
+        ),
         *("lora_learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "snr_gamma"),
         *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
         *("use_ema", "ema_decay", "use_8bit_adam", "teacher_strength", "teacher_template"),

@@ -47,20 +47,24 @@ class Kind:
     """Cross-attention layers, which a pruned or grown U-Net has more or fewer of."""
     context: int
     """Width of what those are given."""
+    tensors: int
+    """Of its U-Net in a single file."""
     parts: Mapping[str, str]
-    """A tensor of every part of a single file but the U-Net."""
+    """A tensor of every other part of a single file."""
 
 
-AUTOENCODER = {"autoencoder": "first_stage_model.encoder.conv_in.weight"}
+VAE = "first_stage_model."
+VAE_TENSORS = 248
+AUTOENCODER = {"autoencoder": f"{VAE}encoder.conv_in.weight"}
 KINDS = {
     "sd15": Kind(
         "StableDiffusionPipeline",
-        *(16, 768),
+        *(16, 768, 686),
         {"text encoder": f"cond_stage_model.transformer.text_model.{TOKENS}", **AUTOENCODER},
     ),
     "sdxl": Kind(
         "StableDiffusionXLPipeline",
-        *(70, 2048),
+        *(70, 2048, 1680),
         {
             "first text encoder": f"conditioner.embedders.0.transformer.text_model.{TOKENS}",
             "second text encoder": "conditioner.embedders.1.model.token_embedding.weight",
@@ -98,7 +102,9 @@ def load_pipeline(path: str, *, prediction_type: str | None = None) -> Any:
         pipe = _of_folder(path)
     else:
         raise TrainingError(f"{path}: no such file or folder")
-    pipe.to(torch.float32)
+    for _, module in _modules(pipe):
+        if module.dtype != torch.float32:
+            module.to(torch.float32)
     if changes:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     return pipe
@@ -141,14 +147,20 @@ def _of_file(path: Path, shapes: Shapes) -> Any:
                 str(path), config=str(config), local_files_only=True
             )
         except (ValueError, KeyError, OSError, RuntimeError) as error:
-            what = " ".join(str(error).split())
+            what = " ".join(str(error).split()).partition(" If you want")[0]
             raise TrainingError(f"{path}: not a whole checkpoint of {name}: {what}") from error
-    parts = {name: part for name, part in pipe.components.items() if hasattr(part, "parameters")}
-    for part, module in parts.items():
+    for part, module in _modules(pipe):
         for tensor, values in module.state_dict().items():
             if values.is_meta:
-                raise TrainingError(f"{path}: no tensor in it for {tensor} of the {part}")
+                raise TrainingError(
+                    f"{path}: not a whole checkpoint of {name}: nothing for {part}.{tensor}"
+                )
     return pipe
+
+
+def _modules(pipe: Any) -> list[tuple[str, Any]]:
+    parts = pipe.components.items()
+    return [(name, part) for name, part in parts if isinstance(part, torch.nn.Module)]
 
 
 def _write_vocabulary(folder: Path) -> None:
@@ -218,6 +230,10 @@ def _kind(path: Path, shapes: Shapes) -> str:
             missing = [part for part, tensor in kind.parts.items() if tensor not in shapes]
             if missing:
                 raise refused(f"no {' and no '.join(missing)} (no {kind.parts[missing[0]]})")
+            for prefix, whole in ((UNET, kind.tensors), (VAE, VAE_TENSORS)):
+                count = sum(tensor.startswith(prefix) for tensor in shapes)
+                if count < whole:
+                    raise refused(f"{count} of the {whole} tensors {prefix}*")
             return name
     raise refused(f"a U-Net of {len(layers)} cross-attention layers with a context of {context}")
 

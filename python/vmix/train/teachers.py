@@ -1,7 +1,8 @@
 """Objectives without images: the base itself, steered in another way, is the teacher.
 
-The student is the base with VMix and the bare prompt, on noised pictures of the base's own. The
-teacher's prediction is the base's own plus what every label i at weight w_i should change:
+The student is the base with VMix and the bare prompt, on noised pictures of the base's own: half of
+them without labels, half as the teacher draws one label, since that is what the student will see of
+its own pictures when it follows. The teacher's prediction is the base's own plus what every label i at weight w_i should change:
 
     text-pairs    s(w)·η·(ε(x, t, prompt + positive) − ε(x, t, prompt + negative))
     lora          ε_LoRA(x, t, prompt) − ε(x, t, prompt),   LoRA at scale negative + w·(positive − negative)
@@ -9,11 +10,15 @@ teacher's prediction is the base's own plus what every label i at weight w_i sho
 With a negative, s(w) = 2w − 1: the label pushes both ways, as a Concept Slider (Gandikota et al. 2023),
 and changes nothing at w = ½. Without one, s(w) = w, the bare prompt stands in its place, and the label
 changes nothing at w = 0. Several labels add up, which stacked LoRAs do not.
+
+Words take the place of {words} in a prompt, else --teacher_template says where they go.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,6 +41,24 @@ from vmix.train.order import Order, Place, generator
 _ACTIVE = (0.1, 0.5, 0.2, 0.2)
 """Shares of examples with no label, one, two and any number of them away from neutral."""
 _SAMPLES = 8  # made at a time
+Drawn = tuple[int, float] | None
+"""A label and its weight, 1 or 0."""
+WORDS = "{words}"
+"""In a prompt, where text pairs' words go."""
+
+
+def bare(prompt: str) -> str:
+    """The prompt that the student is given: without the place for words, and its comma."""
+    if WORDS not in prompt:
+        return prompt
+    return re.sub(rf"[\s,]*{re.escape(WORDS)}", "", prompt).strip(" ,")
+
+
+def told(prompt: str, words: str, template: str) -> str:
+    """The prompt that the teacher is given."""
+    if WORDS in prompt:
+        return prompt.replace(WORDS, words)
+    return template.format(prompt=prompt, words=words) if prompt else words
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,10 @@ class Words:
     @property
     def neutral(self) -> float:
         return 0.0 if self.negative is None else 0.5
+
+    def push(self, weight: float) -> float:
+        """s(w)."""
+        return weight if self.negative is None else 2 * weight - 1
 
 
 @dataclass(frozen=True)
@@ -112,6 +139,7 @@ class Distillation:
     """Noised pictures of the base's own, and a teacher's prediction on them."""
 
     name = ""
+    weights_shared = False
 
     def __init__(
         self,
@@ -133,7 +161,7 @@ class Distillation:
 
     def captions(self) -> list[str]:
         """All texts that either side is given."""
-        return ["", *self.prompts]
+        return ["", *map(bare, self.prompts)]
 
     def prepare(self, bar: Any, rank: int, world: int, together: Any) -> None:
         args, base = self.args, self.base
@@ -141,13 +169,17 @@ class Distillation:
         store_texts(base, self.texts, self.captions(), bar, rank, world)
         recipe = key_of(
             base.fingerprint(unet=True), args.seed, self.side,
-            args.sample_guidance, args.sample_steps, *self.prompts,
+            args.sample_guidance, args.sample_steps, *self.prompts, *self._means(),
         )  # fmt: skip
         self.samples = Store(args.cache_dir / f"samples-{recipe}")
         count = len(self.prompts) * args.samples_per_prompt
-        parts = [p for p in in_parts(range(count), _SAMPLES) if str(p[0]) not in self.samples]
-        for part in bar(parts[rank::world], desc="The base's own pictures"):
-            latents = self._draw([self._prompt(index) for index in part], part)
+        drawn: dict[Drawn, list[int]] = {}
+        for index in range(count):
+            drawn.setdefault(self._drawn(index), []).append(index)
+        parts = [part for group in drawn.values() for part in in_parts(group, _SAMPLES)]
+        parts = [part for part in parts[rank::world] if str(part[0]) not in self.samples]
+        for part in bar(parts, desc="The base's own pictures"):
+            latents = self._draw(part)
             self.samples.put({str(i): {"latents": x} for i, x in zip(part, latents, strict=True)})
         together()
         self.texts.refresh()
@@ -157,13 +189,24 @@ class Distillation:
     def _prompt(self, index: int) -> str:
         return self.prompts[index % len(self.prompts)]
 
+    def _drawn(self, index: int) -> Drawn:
+        """Which label a picture is drawn with, and at which of its ends; every other has none."""
+        turn, place = divmod(index, len(self.prompts))
+        if turn % 2 == 0:
+            return None
+        side, label = divmod(turn // 2 + place, len(self.labels))
+        return label, float(self.rest[label] == 0 or side % 2 == 0)
+
     @torch.no_grad()
-    def _draw(self, prompts: list[str], numbers: Sequence[int]) -> Tensor:
-        args, base = self.args, self.base
+    def _draw(self, numbers: Sequence[int]) -> Tensor:
+        """Pictures that have the same label."""
+        args, base, drawn = self.args, self.base, self._drawn(numbers[0])
         random = [generator(args.seed, 5, number) for number in numbers]
-        with torch.autocast(base.device.type, base.dtype, base.dtype != torch.float32):
+        prompts = [self._prompt(number) for number in numbers]
+        exact = torch.autocast(base.device.type, base.dtype, base.dtype != torch.float32)
+        with self._as_taught(prompts, drawn) as texts, exact:
             return base.pipe(  # type: ignore[no-any-return]
-                prompts,
+                texts,
                 height=self.side,
                 width=self.side,
                 generator=random,
@@ -171,6 +214,15 @@ class Distillation:
                 guidance_scale=args.sample_guidance,
                 output_type="latent",
             ).images.float()
+
+    def _means(self) -> list[str]:
+        """All that the pictures depend on of the teacher."""
+        raise NotImplementedError
+
+    @contextmanager
+    def _as_taught(self, prompts: Sequence[str], drawn: Drawn) -> Iterator[list[str]]:
+        """The prompts as the pipeline is given them, while it draws as the teacher does."""
+        raise NotImplementedError
 
     def dataset(self) -> torch.utils.data.Dataset[Batch]:
         return _Samples(self)
@@ -180,6 +232,7 @@ class Distillation:
         return {
             "number": number,
             "prompt": self._prompt(index),
+            "drawn": self._drawn(index),
             "latents": self.samples[str(index)]["latents"],
         }
 
@@ -194,7 +247,7 @@ class Distillation:
         noisy = base.scheduler.add_noise(latents, noise, timesteps).to(base.dtype)
         dropped = chances.drop < (args.text_dropout if args.apply_to == "both" else 0.0)
         prompts = ["" if d else p for d, p in zip(dropped, batch["prompt"], strict=True)]
-        weights = self._weights(batch["number"])
+        weights = self._weights(batch["number"], batch["drawn"])
         with torch.no_grad():
             target = self._teach(model, noisy, timesteps, prompts, weights)
         context, conditions = self._conditions(prompts)
@@ -203,26 +256,34 @@ class Distillation:
         )
         return weighted_loss(base, prediction, target, timesteps, args.snr_gamma)
 
-    def _weights(self, numbers: Sequence[int]) -> Tensor:
-        """[B, N]: which labels an example has is drawn for it, the weight a label then has is drawn
-        for the whole batch, since a LoRA has one scale at a time."""
+    def _weights(self, numbers: Sequence[int], drawn: Sequence[Drawn]) -> Tensor:
+        """[B, N]: which labels an example has is drawn for it, that of its picture first; how much
+        of each is drawn for it too, or for the whole batch where the teacher is slower otherwise.
+        """
         rows = []
-        for number in numbers:
+        for number, own in zip(numbers, drawn, strict=True):
             random = generator(self.args.seed, 3, number)
             kind = int(torch.multinomial(torch.tensor(_ACTIVE), 1, generator=random))
             order = torch.randperm(len(self.labels), generator=random)
             if kind == 3:
                 kind = int(torch.randint(1, len(self.labels) + 1, (), generator=random))
-            shared = generator(self.args.seed, 4, number // self.order.batch)
-            ends, between, where = torch.rand(3, len(self.labels), generator=shared)
-            values = torch.where(where < 0.5, (ends < 0.5).float(), between)
+            if self.weights_shared:
+                random = generator(self.args.seed, 4, number // self.order.batch)
+            ends, between, where = torch.rand(3, len(self.labels), generator=random)
+            # What changes nothing at 0 has one end.
+            values = torch.where(where < 0.5, ((ends < 0.5) | (self.rest == 0)).float(), between)
+            if own is not None:
+                label, end = own
+                order = torch.cat([torch.tensor([label]), order[order != label]])
+                if not self.weights_shared and self.rest[label] and (values[label] > 0.5) != end:
+                    values[label] = 1 - values[label]  # the side that the picture is on
             row = self.rest.clone()
             row[order[:kind]] = values[order[:kind]]
             rows.append(row)
         return torch.stack(rows)
 
     def _conditions(self, prompts: Sequence[str]) -> tuple[Tensor, dict[str, Tensor] | None]:
-        found = [self.texts[key_of(prompt)] for prompt in prompts]
+        found = [self.texts[key_of(bare(prompt))] for prompt in prompts]
         context, pooled = (
             torch.stack([text[part] for text in found]).to(self.base.device)
             for part in ("context", "pooled")
@@ -281,9 +342,21 @@ class TextPairs(Distillation):
             *(self._told(prompt, words) for prompt in ("", *self.prompts) for words in both),
         ]
 
+    def _means(self) -> list[str]:
+        words = [f"{pair.positive} | {pair.negative}" for pair in self.words]
+        return [self.args.teacher_template, *words]
+
+    @contextmanager
+    def _as_taught(self, prompts: Sequence[str], drawn: Drawn) -> Iterator[list[str]]:
+        if drawn is None:
+            yield [bare(prompt) for prompt in prompts]
+            return
+        words = self.words[drawn[0]]
+        text = words.positive if drawn[1] or words.negative is None else words.negative
+        yield [self._told(prompt, text) for prompt in prompts]
+
     def _told(self, prompt: str, words: str) -> str:
-        template: str = self.args.teacher_template
-        return template.format(prompt=prompt, words=words) if prompt else words
+        return told(prompt, words, self.args.teacher_template)
 
     def _teach(
         self,
@@ -293,27 +366,32 @@ class TextPairs(Distillation):
         prompts: Sequence[str],
         weights: Tensor,
     ) -> Tensor:
-        # Rows of the batch that are seen with other texts, and by how much they count.
+        # Rows of the batch that are seen with other texts, and by how much these count; by how much
+        # the rows' own predictions do.
         rows, texts, factors = [], [], []
+        own = [1.0] * len(prompts)
         for row, prompt in enumerate(prompts):
             for words, weight in zip(self.words, weights[row].tolist(), strict=True):
                 if weight == words.neutral:
                     continue
-                push = self.args.teacher_strength * (weight if words.negative is None else
-                                                     2 * weight - 1)  # fmt: skip
-                other = prompt if words.negative is None else self._told(prompt, words.negative)
-                rows += [row, row]
-                texts += [self._told(prompt, words.positive), other]
-                factors += [push, -push]
-        own = list(range(len(prompts)))
+                push: float = self.args.teacher_strength * words.push(weight)
+                rows.append(row)
+                texts.append(self._told(prompt, words.positive))
+                factors.append(push)
+                if words.negative is None:
+                    own[row] -= push
+                else:
+                    rows.append(row)
+                    texts.append(self._told(prompt, words.negative))
+                    factors.append(-push)
+        places = [*range(len(prompts)), *rows]
         with self.base.without_lora():
-            predictions = self._own(
-                model, noisy[own + rows], timesteps[own + rows], [*prompts, *texts]
-            )
-        target = predictions[: len(prompts)].clone()
-        index = torch.tensor(rows, dtype=torch.long, device=target.device)
-        scale = torch.tensor(factors, device=target.device)[:, None, None, None]
-        return target.index_add(0, index, scale * predictions[len(prompts) :])
+            predictions = self._own(model, noisy[places], timesteps[places], [*prompts, *texts])
+        index = torch.tensor(places, device=predictions.device)
+        scale = torch.tensor([*own, *factors], device=predictions.device)[:, None, None, None]
+        return torch.zeros_like(predictions[: len(prompts)]).index_add(
+            0, index, scale * predictions
+        )
 
     def record(self) -> dict[str, Any]:
         pairs: Mapping[str, Any] = {
@@ -328,6 +406,7 @@ class Loras(Distillation):
     """The teachers are LoRAs of the U-Net, one per label."""
 
     name = "lora"
+    weights_shared = True  # a LoRA has one scale at a time
 
     def __init__(self, *given: Any) -> None:
         super().__init__(*given)
@@ -352,6 +431,23 @@ class Loras(Distillation):
             raise TrainingError(f"{lora.file} is no LoRA of this base: {error}") from error
         if name not in getattr(unet, "peft_config", {}):
             raise TrainingError(f"{lora.file} has no LoRA of a U-Net")
+
+    def _means(self) -> list[str]:
+        return [
+            f"{hashlib.sha256(lora.file.read_bytes()).hexdigest()} {lora.negative} {lora.positive}"
+            for lora in self.loras
+        ]
+
+    @contextmanager
+    def _as_taught(self, prompts: Sequence[str], drawn: Drawn) -> Iterator[list[str]]:
+        texts = [bare(prompt) for prompt in prompts]
+        scale = 0.0 if drawn is None else self.loras[drawn[0]].scale(drawn[1])
+        if drawn is None or scale == 0:
+            with self.base.without_lora():
+                yield texts
+        else:
+            with self._taught(drawn[0], scale):
+                yield texts
 
     @contextmanager
     def _taught(self, number: int, scale: float) -> Iterator[None]:

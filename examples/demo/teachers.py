@@ -1,0 +1,615 @@
+"""Train adapters without images, measure them, and write docs/demo/objectives.
+
+    python examples/demo/teachers.py
+
+Two teachers: the base with colour words in its prompt (`--objective text-pairs`), measured as
+examples/demo/training_free.py measures; and the base with one slider LoRA per label (`--objective
+lora`), measured by each label's own measure, alone and two at a time. Trainings are kept in --work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from baselines import WORK, pictures, train
+from demo import DEMO, GUIDANCE, HERE, STEPS, Images, Pair, draw_grid, generate, open_pipeline
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from objects import ObjectClassifier
+from report import FIDELITY, MEASURES, PROMPTS, SEEDS, colour_of, concept_of, interval, rows
+from report import measured as judged
+from tqdm.auto import tqdm
+from training_free import (
+    COLOURS,
+    FOUND,
+    GRID,
+    INK,
+    INKS,
+    LIKE,
+    OBJECTS,
+    SEED,
+    SHARE,
+    Words,
+    against,
+    article,
+    cross,
+    likeness,
+    means,
+    measured,
+    named,
+    over,
+    steered,
+    summary,
+)
+from vmix import Adapter, init_adapter
+from vmix.diffusers import load_vmix, unload_vmix
+
+HELD_OUT = OBJECTS[1::2]  # of the measured objects, those that no training prompt names
+SEEN = OBJECTS[::2]
+PAIRS = {  # options of every training from text pairs, and strengths λ it is measured at
+    "pairs": (["--learning_rate=1e-2"], (0.5, 1.0, 1.5, 2.0)),
+    "pairs-slow": (["--learning_rate=3e-3", "--max_train_steps=300"], (1.0,)),
+    "pairs-strong": (
+        ["--learning_rate=1e-2", "--teacher_strength=2", "--max_train_steps=300"],
+        (0.5, 1.0),
+    ),
+}
+MAIN = "pairs"
+FREE_SCALES = (1.0, 2.0, 3.0)
+TEACHER = (0.5, 2.0, 3.0)  # η; 1 is the word in the prompt
+OPPOSED = ("red", "blue")  # of the two-sided label, w = 1 and w = 0
+SIDES = (0.0, 0.25, 0.5, 0.75, 1.0)
+DISTILLED = ["--train_batch_size=16", "--max_train_steps=500", "--sample_guidance=3"]
+
+LOOKS = ("vibrant color", "natural lighting", "balanced composition")
+OWN = dict(zip(LOOKS, ("colourfulness", "brightness", "off-centre"), strict=True))
+SLIDER = [
+    *("--no_vmix", "--rank=4", "--learning_rate=1e-3"),
+    *("--max_train_steps=200", "--train_batch_size=16"),
+]
+BOTH = [(a, b) for i, a in enumerate(LOOKS) for b in LOOKS[i + 1 :]]
+
+Spread = dict[str, float]
+
+
+# --- training ------------------------------------------------------------------------------------
+
+
+def prompts_file(work: Path) -> Path:
+    """Every object that is not held out; none that needs another article before a colour."""
+    concepts = json.loads((HERE / "base" / "concepts.json").read_text(encoding="utf-8"))
+    found = [c["name"] for c in concepts if c["name"] not in HELD_OUT]
+    lines = [f"a {{words}} {name}\n" for name in found if name[0] not in "aeiou"]
+    path = work / "prompts.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def labels_file(path: Path, labels: Mapping[str, str]) -> Path:
+    """Names and positive texts; the negative is one rare identifier."""
+    table = '[[label]]\nname = "{}"\npositive = "{}"\nnegative = "[V]"\n'
+    path.write_text("\n".join(table.format(*item) for item in labels.items()), encoding="utf-8")
+    return path
+
+
+def train_all(work: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    prompts = f"--prompts={prompts_file(work)}"
+    words = ["--objective=text-pairs", *DISTILLED, prompts]
+    colours = labels_file(work / "colours.toml", {word: word for word in COLOURS})
+    for name, (options, _) in PAIRS.items():
+        train(work / name, [*words, f"--labels={colours}", *options])
+    opposed = labels_file(work / "opposed.toml", {"red or blue": OPPOSED[0]})
+    teachers = work / "opposed.yaml"
+    both = dict(zip(("positive", "negative"), OPPOSED, strict=True))
+    teachers.write_text(yaml.safe_dump({"red or blue": both}), encoding="utf-8")
+    options = [f"--labels={opposed}", f"--teachers={teachers}", "--learning_rate=1e-2"]
+    options.append("--max_train_steps=250")
+    train(work / "opposed", [*words, *options])
+
+    sliders = {}
+    for number, look in enumerate(LOOKS):
+        stem = look.replace(" ", "-")
+        images = pictures(
+            work / f"slider-{stem}-pictures", 40 + number,
+            lambda sample, look=look: bool(sample.labels[look]), count=1200,
+        )  # fmt: skip
+        train(work / f"slider-{stem}", [f"--train_data_dir={images}", *SLIDER])
+        file = f"slider-{stem}/vmix-lora.safetensors"
+        sliders[look] = {"file": file, "positive": 1, "negative": -1}
+    teachers = work / "sliders.yaml"
+    teachers.write_text(yaml.safe_dump(sliders), encoding="utf-8")
+    looks = labels_file(work / "looks.toml", {look: look for look in LOOKS})
+    options = [f"--labels={looks}", f"--teachers={teachers}", "--learning_rate=1e-2"]
+    options.append("--max_train_steps=300")
+    # A LoRA acts in both passes of guidance, so that the label that stands for it has to.
+    train(work / "loras", ["--objective=lora", *DISTILLED, prompts, *options, "--apply_to=both"])
+
+
+def adapter_of(work: Path, name: str) -> Adapter:
+    return Adapter.open(work / name / "vmix.safetensors")
+
+
+# --- study 1: words ------------------------------------------------------------------------------
+
+
+@contextmanager
+def taught(pipe: Any, prompts: Sequence[str], strength: float) -> Iterator[None]:
+    """The teacher of text pairs instead of the base, in the conditional pass of one batch."""
+    told = pipe.encode_prompt(list(prompts), "cpu", 1, False)[0]
+    own, count = pipe.unet.forward, len(told)
+
+    def forward(sample: Any, step: Any, encoder_hidden_states: Any, **more: Any) -> Any:
+        context = torch.cat([encoder_hidden_states, told])
+        three = own(torch.cat([sample, sample[count:]]), step, context, **more)[0]
+        empty, bare, words = three.split(count)
+        return (torch.cat([empty, bare + strength * (words - bare)]),)
+
+    pipe.unet.forward = forward
+    try:
+        yield
+    finally:
+        pipe.unet.forward = own
+
+
+def halves(words: Words, bare: Images) -> dict[str, dict[str, Spread]]:
+    """Over objects that training prompts name, and over those that they do not."""
+    values = measured(words, bare)
+    found = {}
+    for half, names in (("seen", SEEN), ("held out", HELD_OUT)):
+        places = [OBJECTS.index(name) for name in names]
+        found[half] = {
+            name: interval(over(values, name, values)[places]) for name in (SHARE, FOUND, LIKE)
+        }
+    return found
+
+
+def study_words(work: Path, model: Path) -> tuple[dict[str, Any], Any]:
+    pairs = [(article(name), SEED + index) for index, name in enumerate(OBJECTS)]
+    pipe = open_pipeline(model)
+    free = init_adapter(model, [f"{word}: {word}" for word in COLOURS], training_free=True)
+    levels = sum(len(scales) for _, scales in PAIRS.values()) + len(FREE_SCALES) + len(TEACHER) + 1
+    total = (levels * len(COLOURS) + 1 + len(SIDES)) * len(pairs)
+    made: dict[str, dict[str, Words]] = {}
+    with tqdm(total=total, desc="words", unit="") as bar:
+        bare = generate(pipe, pairs, bar)
+        prompted = named(pipe, pairs, OBJECTS, bar)
+        made["training-free"] = steered(
+            pipe, free, COLOURS, pairs, {f"{s:g}": s for s in FREE_SCALES}, bar
+        )
+        for name, (_, scales) in PAIRS.items():
+            made[name] = steered(
+                pipe, adapter_of(work, name), COLOURS, pairs, {f"{s:g}": s for s in scales}, bar
+            )
+        made["teacher"] = {}
+        for strength in TEACHER:
+            words = {}
+            for word in COLOURS:
+                with taught(pipe, [article(f"{word} {name}") for name in OBJECTS], strength):
+                    words[word] = generate(pipe, pairs, bar)
+            made["teacher"][f"{strength:g}"] = words
+        sides = {}
+        slider = adapter_of(work, "opposed")
+        for weight in SIDES:
+            load_vmix(pipe, slider, {"red or blue": weight})
+            sides[f"{weight:g}"] = generate(pipe, pairs, bar)
+            unload_vmix(pipe)
+    made["teacher"] = dict(sorted({**made["teacher"], "1": prompted}.items(), key=_by_number))
+
+    unsteered = measured(dict.fromkeys(COLOURS, bare), bare)
+    curves = {
+        name: [unsteered, *(measured(words, bare) for words in kinds.values())]
+        for name, kinds in made.items()
+        if len(kinds) > 2
+    }
+
+    def row(words: Words, name: str) -> dict[str, Any]:
+        values = measured(words, bare)
+        told: dict[str, Any] = summary(values)
+        told["halves"] = halves(words, bare)
+        told["against"] = {
+            other: against(values, curve)
+            for other, curve in curves.items()
+            if other in ("training-free", "teacher") and other != name
+        }
+        return told
+
+    result = {
+        "settings": {
+            "labels": list(COLOURS), "prompts": [prompt for prompt, _ in pairs],
+            "seeds": [seed for _, seed in pairs], "held out": list(HELD_OUT),
+            "steps": STEPS, "guidance": GUIDANCE,
+            "trained": {n: json.loads(adapter_of(work, n).trained) for n in (*PAIRS, "opposed")},
+        },
+        "unsteered": summary(unsteered),
+        "rows": {
+            name: {scale: row(words, name) for scale, words in kinds.items()}
+            for name, kinds in made.items()
+        },
+        "opposed": {
+            weight: {
+                **{word: interval(measured({word: images}, bare)[word][SHARE]) for word in OPPOSED},
+                LIKE: interval(likeness(images, bare)),
+            }
+            for weight, images in sides.items()
+        },
+    }  # fmt: skip
+    return result, draw_words(bare, made)
+
+
+def _by_number(item: tuple[str, Any]) -> float:
+    return float(item[0])
+
+
+def draw_words(bare: Images, made: Mapping[str, Mapping[str, Words]]) -> Any:
+    shown = GRID[:6]
+
+    def column(words: Words) -> Images:
+        return np.stack([words[word][OBJECTS.index(name)] for word, name in shown])
+
+    columns = [("unsteered", "", column(dict.fromkeys(COLOURS, bare)))]
+    columns += [("η = 1", "word in prompt", column(made["teacher"]["1"]))]
+    columns += [("η = 2", "teacher", column(made["teacher"]["2"]))]
+    columns += [("λ = 2", "training-free", column(made["training-free"]["2"]))]
+    columns += [(f"λ = {s}", "text pairs", column(made[MAIN][s])) for s in ("0.5", "1", "2")]
+    names = [f"{name}, {word}" for word, name in shown]
+    return draw_grid(columns, names, [("base", 1), ("teacher", 2), ("free", 1), ("pairs", 3)])
+
+
+def plot_words(result: Mapping[str, Any], path: Path) -> None:
+    canvas = Figure(figsize=(11, 4.6), layout="constrained", dpi=100)
+    left, right = canvas.subplots(1, 2, sharey=True, sharex=True)
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(color="#eaeef2")
+        axis.set_axisbelow(True)
+        axis.set_xlabel(f"{LIKE} (correlation of luma), falling to the right")
+    left.set_ylabel("share of coloured pixels in the asked hue")
+    start = result["unsteered"]
+    lines = (
+        (MAIN, "#0969da", "text pairs, by λ", -6),
+        ("teacher", INK, "the teacher, by η; star: the word in the prompt", 6),
+        ("training-free", "#8c959f", "training-free, by λ", 6),
+    )
+    for key, colour, label, aside in lines:
+        curve = {"0": start, **result["rows"][key]}
+        left.plot(*means(curve.values()), "o-", color=colour, ms=5, label=label)
+        for scale, level in curve.items():
+            cross(left, level, colour)
+            if scale != "0":
+                left.annotate(
+                    scale, (level[LIKE]["mean"], level[SHARE]["mean"]), (aside, -aside),
+                    textcoords="offset points", color=colour, fontsize=9,
+                    ha="left" if aside > 0 else "right", va="top" if aside > 0 else "bottom",
+                )  # fmt: skip
+    left.plot(*means([result["rows"]["teacher"]["1"]]), "*", color=INK, ms=14)
+    left.set_title("mean over colours", fontsize=11)
+    left.legend(loc="lower right", frameon=False)
+    curve = {"0": start, **result["rows"][MAIN]}
+    for word in COLOURS:
+        levels = [level["words"][word] for level in curve.values()]
+        right.plot(
+            [v[LIKE] for v in levels], [v[SHARE] for v in levels], "o-",
+            color=INKS[word], ms=4, lw=1.5, label=word,
+        )  # fmt: skip
+        prompted = result["rows"]["teacher"]["1"]["words"][word]
+        right.plot(prompted[LIKE], prompted[SHARE], "*", color=INKS[word], ms=13)
+    right.set_title("text pairs, each colour; stars: its word in the prompt", fontsize=11)
+    right.legend(loc="lower right", frameon=False)
+    left.set_ylim(0, 1.02)
+    left.invert_xaxis()
+    canvas.savefig(path)
+
+
+# --- study 2: LoRAs ------------------------------------------------------------------------------
+
+
+@contextmanager
+def sliders(pipe: Any, work: Path, scales: Mapping[str, float]) -> Iterator[None]:
+    """LoRAs stacked, each at its scale."""
+    for number, look in enumerate(scales):
+        folder = work / f"slider-{look.replace(' ', '-')}"
+        pipe.load_lora_weights(
+            folder, weight_name="vmix-lora.safetensors", adapter_name=f"s{number}"
+        )
+    pipe.set_adapters([f"s{n}" for n in range(len(scales))], list(scales.values()))
+    try:
+        yield
+    finally:
+        pipe.unload_lora_weights()
+
+
+def study_loras(work: Path, model: Path, cache: Path) -> tuple[dict[str, Any], Any]:
+    pairs: list[Pair] = [(prompt, SEEDS[0]) for prompt in PROMPTS]
+    pipe, adapter = open_pipeline(model), adapter_of(work, "loras")
+    objects = ObjectClassifier.fit(cache)
+    colours, concepts = ([part(p) for p, _ in pairs] for part in (colour_of, concept_of))
+    looks: dict[str, dict[str, float]] = {}  # signs of labels
+    for look in LOOKS:
+        looks[f"+ {look}"], looks[f"− {look}"] = {look: 1.0}, {look: -1.0}
+    for first, second in BOTH:
+        looks[f"+ {first} + {second}"] = {first: 1.0, second: 1.0}
+    looks["+ all three"] = dict.fromkeys(LOOKS, 1.0)
+    images: dict[str, dict[str, Images]] = {"LoRA": {}, "VMix": {}}
+    with tqdm(total=(2 * len(looks) + 1) * len(pairs), desc="LoRAs", unit="") as bar:
+        bare = generate(pipe, pairs, bar)
+        for name, signs in looks.items():
+            with sliders(pipe, work, signs):
+                images["LoRA"][name] = generate(pipe, pairs, bar)
+            weights = {look: 0.5 + 0.5 * signs.get(look, 0.0) for look in LOOKS}
+            load_vmix(pipe, adapter, weights)
+            images["VMix"][name] = generate(pipe, pairs, bar)
+            unload_vmix(pipe)
+
+    base = judged(bare, colours, concepts, objects)
+    values = {
+        kind: {name: judged(part, colours, concepts, objects) for name, part in made.items()}
+        for kind, made in images.items()
+    }
+
+    def single(kind: str, look: str, name: str) -> NDArray[np.float64]:
+        return np.asarray(values[kind][f"+ {look}"][name] - base[name])
+
+    result = {
+        "settings": {
+            "prompts": list(PROMPTS), "seed": SEEDS[0], "steps": STEPS, "guidance": GUIDANCE,
+            "trained": json.loads(adapter.trained), "apply_to": adapter.apply_to,
+            "sizes": {
+                "VMix": (work / "loras" / "vmix.safetensors").stat().st_size,
+                "LoRAs": sum(
+                    (work / f"slider-{look.replace(' ', '-')}" / "vmix-lora.safetensors")
+                    .stat().st_size for look in LOOKS
+                ),
+            },
+        },
+        "base": {name: interval(base[name]) for name in (*MEASURES, *FIDELITY)},
+        "rows": {
+            kind: {
+                name: {
+                    **{m: interval(part[m] - base[m]) for m in (*OWN.values(), *FIDELITY)},
+                    LIKE: interval(likeness(images[kind][name], bare)),
+                }
+                for name, part in parts.items()
+            }
+            for kind, parts in values.items()
+        },
+        "alike": {  # pictures of the label and of its LoRA
+            name: interval(likeness(images["VMix"][name], images["LoRA"][name])) for name in looks
+        },
+        "interference": {
+            kind: {
+                f"+ {a} + {b}": {
+                    OWN[look]: {
+                        "sum": interval(single(kind, a, OWN[look]) + single(kind, b, OWN[look])),
+                        "together": interval(
+                            values[kind][f"+ {a} + {b}"][OWN[look]] - base[OWN[look]]
+                        ),
+                        "departure": interval(
+                            values[kind][f"+ {a} + {b}"][OWN[look]] - base[OWN[look]]
+                            - single(kind, a, OWN[look]) - single(kind, b, OWN[look])
+                        ),
+                    }
+                    for look in (a, b)
+                }
+                for a, b in BOTH
+            }
+            for kind in values
+        },
+    }  # fmt: skip
+    return result, draw_loras(bare, images)
+
+
+def draw_loras(bare: Images, images: Mapping[str, Mapping[str, Images]]) -> Any:
+    places = [PROMPTS.index(p) for p in PROMPTS[:: len(PROMPTS) // 6][:6]]
+    columns = [("base", "", bare[places])]
+    shown = ("+ natural lighting", "− natural lighting", f"+ {LOOKS[0]} + {LOOKS[1]}")
+    for title, name in zip(("lighting +1", "lighting −1", "two at once"), shown, strict=True):
+        for kind, made in images.items():
+            columns.append((title, kind, made[name][places]))
+    groups = [("base", 1), *((title, 2) for title in ("a", "b", "c"))]
+    return draw_grid(columns, [PROMPTS[place] for place in places], groups)
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+def spread(value: Mapping[str, float], sign: str = "") -> str:
+    return f"{value['mean']:{sign}.2f} [{value['low']:{sign}.2f}, {value['high']:{sign}.2f}]"
+
+
+ROWS = {
+    "training-free": ("training-free start", "λ"),
+    "teacher": ("the teacher", "η"),
+    "pairs": ("text pairs", "λ"),
+    "pairs-slow": ("text pairs, learning rate 3e-3", "λ"),
+    "pairs-strong": ("text pairs, trained with η = 2", "λ"),
+}
+
+# What the numbers of the committed report.json say; to be read again when they change.
+NOTES = {"words": "", "opposed": "", "loras": "", "interference": "", "limits": ""}
+
+
+def words_text(r: Mapping[str, Any]) -> str:
+    lines = [
+        ["unsteered", "", *(spread(r["unsteered"][m]) for m in (SHARE, FOUND)), "1", "", "", ""]
+    ]
+    for name, (title, sign) in ROWS.items():
+        for place, (scale, row) in enumerate(r["rows"][name].items()):
+            note = ", the word in the prompt" if (name, scale) == ("teacher", "1") else ""
+            lines.append(
+                [
+                    "" if place else title,
+                    f"{sign} = {scale}{note}",
+                    *(spread(row[m]) for m in (SHARE, FOUND, LIKE)),
+                    *(
+                        spread(row["against"][other], "+") if other in row["against"] else ""
+                        for other in ("training-free", "teacher")
+                    ),
+                    " / ".join(f"{row['halves'][h][SHARE]['mean']:.2f}" for h in row["halves"]),
+                ]
+            )
+    header = ["", "", "share of the hue", "main hue is right", "like unsteered"]
+    header += ["against training-free", "against the teacher", "seen / held out"]
+    return rows(header, lines)
+
+
+def opposed_text(r: Mapping[str, Any]) -> str:
+    lines = [
+        [weight, *(spread(level[word]) for word in OPPOSED), spread(level[LIKE])]
+        for weight, level in r["opposed"].items()
+    ]
+    return rows(["w", *(f"share of {word}" for word in OPPOSED), "like unsteered"], lines)
+
+
+def loras_text(r: Mapping[str, Any]) -> str:
+    lines = []
+    for name in r["rows"]["LoRA"]:
+        for kind, parts in r["rows"].items():
+            row = parts[name]
+            lines.append(
+                [
+                    name if kind == "LoRA" else "", kind,
+                    *(spread3(row[m]) for m in OWN.values()), spread(row[LIKE]),
+                    *(spread(row[m], "+") for m in FIDELITY),
+                ]
+            )  # fmt: skip
+    return rows(["", "", *OWN.values(), "like the base's", *FIDELITY], lines)
+
+
+def interference_text(r: Mapping[str, Any]) -> str:
+    lines = []
+    for pair in r["interference"]["LoRA"]:
+        for measure in r["interference"]["LoRA"][pair]:
+            for kind, parts in r["interference"].items():
+                row = parts[pair][measure]
+                lines.append(
+                    [
+                        pair if kind == "LoRA" else "", measure if kind == "LoRA" else "", kind,
+                        *(spread3(row[part]) for part in ("sum", "together", "departure")),
+                    ]
+                )  # fmt: skip
+    return rows(["", "measure", "", "sum of single effects", "both at once", "departure"], lines)
+
+
+def spread3(value: Mapping[str, float]) -> str:
+    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """docs/demo/objectives/README.md from the numbers."""
+    words, loras = result["words"], result["loras"]
+    trained, sizes = words["settings"]["trained"][MAIN], loras["settings"]["sizes"]
+    steps, batch = (loras["settings"]["trained"][key] for key in ("steps", "batch_size"))
+    return f"""# Adapters from words and from LoRAs
+
+    python examples/demo/teachers.py
+
+trains and measures all of this on the demo's model (64 px, {words["settings"]["steps"]} steps,
+guidance {words["settings"]["guidance"]:g}) and writes this page from [report.json](report.json).
+Square brackets are 95 % bootstrap intervals over objects or prompts. What the objectives are is in
+[docs/training.md](../../training.md).
+
+## Text pairs
+
+`--objective text-pairs`: the teacher is the base with the label's word in the prompt, the student
+the base with VMix and the bare prompt. Labels are six colour words, in one adapter
+({trained["prompts"]} prompts "a {{words}} …", {trained["samples_per_prompt"]} pictures of each;
+{DISTILLED[1].split("=")[1]} steps of {DISTILLED[0].split("=")[1]}, learning rate 1e-2). Measured is
+as for [labels without training](../../training-free/README.md): the share of the object's coloured
+pixels that have the asked hue, and the correlation of luma with the unsteered picture of the same
+noise, over sixteen objects with seeds of their own. Eight of them
+({", ".join(words["settings"]["held out"])}) are in no training prompt.
+
+![Share of the asked hue against likeness to the unsteered picture](curve.png)
+
+{words_text(words)}
+
+"Against" is the share less that of another row's curve where its pictures are as like the unsteered
+ones. The teacher at η samples with its prediction in the conditional pass. The last column is the
+share on objects that training prompts named and on those that they did not.
+
+{NOTES["words"]}
+
+![Six objects: unsteered, the teacher, training-free, text pairs](words.png)
+
+### Two sides
+
+One label with positive "{OPPOSED[0]}" and negative "{OPPOSED[1]}": w = 1 and w = 0, with w = ½ as
+neutral, λ = 1.
+
+{opposed_text(words)}
+
+{NOTES["opposed"]}
+
+## LoRAs
+
+`--objective lora`: three slider LoRAs become one file with three labels: w = 1 is the LoRA at
+scale 1, w = 0 at scale −1, w = ½ none. {sizes["VMix"] / 1000:.0f} kB instead of
+{sizes["LoRAs"] / 1000:.0f} kB. The LoRAs (rank 4) were trained by `--no_vmix` on 1,200 drawings
+each that all have one positive look, the other looks mixed; the adapter in {steps} steps of
+{batch}. A LoRA acts in both passes of guidance, so the adapter is trained and used with
+`--apply_to both`.
+{len(loras["settings"]["prompts"])} prompts; numbers are differences to the base's pictures of the
+same noise.
+
+{loras_text(loras)}
+
+{NOTES["loras"]}
+
+![Six prompts with LoRAs and with the labels made of them](loras.png)
+
+### Two at once
+
+Stacked LoRAs against two labels of one file: the effect of both at once, less the sum of the
+effects that each has alone (each kind against its own).
+
+{interference_text(loras)}
+
+{NOTES["interference"]}
+
+{NOTES["limits"]}
+"""
+
+
+def save(image: Any, path: Path) -> None:
+    """With a palette, a third of the size."""
+    image.quantize(256).save(path, optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=DEMO / "model")
+    parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs/demo/objectives")
+    parser.add_argument(
+        "--only", choices=("train", "words", "loras", "text"), help="One part of it."
+    )
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    data = args.out / "report.json"
+    result = json.loads(data.read_text(encoding="utf-8")) if data.exists() else {}
+    if args.only in (None, "train"):
+        train_all(args.work)
+    if args.only == "train":
+        return
+    if args.only in (None, "words"):
+        result["words"], image = study_words(args.work, args.model)
+        save(image, args.out / "words.png")
+    if args.only in (None, "loras"):
+        result["loras"], image = study_loras(args.work, args.model, args.work.parent)
+        save(image, args.out / "loras.png")
+    data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    plot_words(result["words"], args.out / "curve.png")
+    (args.out / "README.md").write_text(text(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Comparing adapters, strengths and baselines on prompts: `vmix eval`, see docs/evaluating.md."""

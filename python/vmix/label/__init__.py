@@ -1,0 +1,1 @@
+"""Labels for training, proposed by measures: `vmix label`, described in docs/training.md."""

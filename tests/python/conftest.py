@@ -1,0 +1,12 @@
+"""One thread for each test process: most models here are so small that sharing out their work takes
+longer than doing it, and several tests run at a time."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -1,0 +1,177 @@
+"""A tiny random pipeline, images for it, and processes that train on them together.
+
+Processes are forked from a server that has imported the trainer, so that each costs its steps only.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import socket
+import string
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+TOKENS, SIDE = 16, 16
+LABELS = """
+[[label]]
+name = "vibrant color"
+positive = "vibrant color"
+negative = "zq"
+
+[[label]]
+name = "sharp focus"
+positive = "sharp focus"
+negative = "xv"
+"""
+_server: Any = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(
+    [
+        "vmix.train.loop", "vmix.train.teachers", "peft", "tiny_training",
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+        "diffusers.training_utils", "torch.distributed.fsdp", "torch.distributed.tensor",
+    ]
+)  # fmt: skip
+
+
+def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> Path:
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    torch.manual_seed(0)
+    letters = list(string.ascii_lowercase + string.digits + string.punctuation)
+    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    end = vocabulary["<|endoftext|>"]
+    config = CLIPTextConfig(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=32,
+        initializer_factor=10.0,  # by default all texts have nearly the same feature
+        bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=end, pad_token_id=end,
+    )  # fmt: skip
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=(16, 16), norm_num_groups=8, latent_channels=4, sample_size=SIDE,
+            down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+            scaling_factor=5.0,  # to latents with a deviation of about 1, as a trained one gives
+        ),
+        text_encoder=CLIPTextModel(config),
+        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS),
+        unet=diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            attention_head_dim=4, cross_attention_dim=32,
+        ),
+        scheduler=diffusers.DDIMScheduler(prediction_type=prediction_type),
+        safety_checker=None, feature_extractor=None, image_encoder=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_images(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    (folder / "labels.toml").write_text(LABELS, encoding="utf-8")
+    lines = []
+    for number in range(count):
+        pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        labels = {"vibrant color": number % 2, "sharp focus": int(number % 3 == 0)}
+        line = {"file_name": f"{number}.png", "text": f"a dog {number % 4}", "aesthetics": labels}
+        lines.append(json.dumps(line) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines))
+    return folder
+
+
+def arguments(pipeline: Path, data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        f"--pretrained_model_name_or_path={pipeline}", f"--train_data_dir={data}",
+        f"--labels={data / 'labels.toml'}", f"--output_dir={out}", "--max_train_steps=4",
+        "--learning_rate=1e-3", "--dtype=f32", "--rank=2", "--report_to=none", *more,
+    ]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended: its status, and what it said."""
+
+    status: int
+    out: str
+    err: str
+
+
+def together(
+    folder: Path,
+    argv: list[str],
+    processes: int = 2,
+    env: Mapping[str, str] | None = None,
+    before: Callable[[int], object] | None = None,
+    timeout: float = 60,
+) -> list[Ended]:
+    """Run `vmix.train` in processes that know of each other; one that hangs is an error.
+
+    `before(rank)` is called in each of them first.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder.mkdir(parents=True, exist_ok=True)
+    running = []
+    for rank in range(processes):
+        world = {
+            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
+            "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+            "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true",
+        }  # fmt: skip
+        alone = {"OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true"}
+        variables = {k: str(v) for k, v in (world if processes > 1 else alone).items()}
+        process = _server.Process(
+            target=_train, args=(argv, {**variables, **(env or {})}, folder / f"{rank}", before)
+        )
+        process.start()
+        running.append(process)
+    try:
+        for process in running:
+            process.join(timeout)
+        hung = [rank for rank, process in enumerate(running) if process.exitcode is None]
+        said = "".join((folder / f"{rank}.err").read_text() for rank in range(processes))
+        assert not hung, f"processes {hung} hang after {timeout} s: {said}"
+    finally:
+        for process in running:
+            process.kill()
+    return [
+        Ended(process.exitcode, *((folder / f"{rank}.{s}").read_text() for s in ("out", "err")))
+        for rank, process in enumerate(running)
+    ]
+
+
+def _train(
+    argv: list[str], env: Mapping[str, str], said: Path, before: Callable[[int], object] | None
+) -> None:
+    for number, stream in ((1, "out"), (2, "err")):
+        file = os.open(said.with_suffix(f".{stream}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+        os.dup2(file, number)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    from vmix.train.loop import main
+
+    if before is not None:
+        before(int(env.get("RANK", 0)))
+    main(argv)
+
+
+def losses(out: Path) -> list[float]:
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
