@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -61,6 +60,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from vmix import Adapter
+from vmix.eval.rows import Row
 
 sys.path.insert(0, str(HERE / "base"))
 
@@ -233,7 +233,7 @@ def compare(work: Path, guidance: float, objects: ObjectClassifier) -> dict[str,
     result: dict[str, Any] = json.loads((out / "results.json").read_text(encoding="utf-8"))
     concepts, found = [concept_of(prompt) for prompt in PROMPTS], {}
     for row in result["rows"]:
-        folder = out / "images" / re.sub(r"[^\w.+=-]+", "-", row["name"]).strip("-.")
+        folder = out / "images" / Row(row["name"], "").folder
         images = np.stack([np.asarray(Image.open(f)) / 255 for f in sorted(folder.glob("*.png"))])
         found[row["name"]] = objects.matches(images, concepts).astype(np.float64)
         row["values"][OBJECT] = interval(found[row["name"]])
@@ -440,8 +440,10 @@ negative, against all negative; guidance 3.
 
 
 def save(image: Image.Image, path: Path) -> None:
-    """With a palette, a third of the size."""
-    image.convert("RGB").quantize(256).save(path, optimize=True)
+    """With a palette, which makes it half as large."""
+    picture = image.convert("RGB")
+    palette = picture.quantize(256)
+    picture.quantize(palette=palette, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
 def main() -> None:

@@ -63,7 +63,9 @@ def _read(path: Path) -> dict[str, Tensor]:
             if path.suffix == ".safetensors"
             else torch.load(path, map_location="cpu", weights_only=True)
         )
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except pickle.UnpicklingError as error:
+        raise WeightsError(f"{path} holds more than tensors, and is not loaded") from error
+    except (OSError, SafetensorError, RuntimeError, EOFError) as error:
         raise WeightsError(f"{path}: {str(error).splitlines()[0]}") from error
     shapes: dict[str, tuple[int, ...]] = {}
     for place, (before, after) in zip(PLACES, pairwise(SIZES), strict=True):

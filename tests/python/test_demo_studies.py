@@ -49,18 +49,20 @@ def test_pictures_and_weights_of_text_pairs() -> None:
     drawn = [made._drawn(index) for index in range(48)]
     assert [d is None for d in drawn] == [index // 3 % 2 == 0 for index in range(48)]
     assert set(drawn) == {None, (0, 1.0), (1, 1.0), (1, 0.0)}
-    count = 4000  # of each, so that what is likelier than 1 in 500 is seen in any case
+    count = 1500  # of each: shares are known to 0.01
     for picture in (None, (0, 1.0), (1, 1.0), (1, 0.0)):
         weights = made._weights(range(count), [picture] * count)
         active = weights != made.rest
-        assert 0 <= weights.min() and weights.max() == 1
+        assert weights.min() >= 0
+        assert weights.max() == 1
         nothing = float((~active.any(1)).float().mean())
         assert 0.08 < nothing < 0.2  # a tenth has no label, and few are drawn at their rest
         if picture is not None:
             label, end = picture
             other = active[:, 1 - label] & ~active[:, label]
             assert other.float().mean() < 0.02  # that of the picture comes first
-            assert ((weights[:, label] > 0.5) == bool(end))[active[:, 1]].all() or label == 0
+            if label == 1:  # and on the side that the picture is on
+                assert ((weights[:, 1] > 0.5) == bool(end))[active[:, 1]].all()
     assert made._weights([7], [None]).equal(made._weights([7, 8], [None, None])[:1])
 
 

@@ -298,7 +298,8 @@ for parameter in trained_parameters(model).values():
 def run(side, batch):
     given = (
         torch.randn(batch, 4, side // 8, side // 8), torch.zeros(batch, dtype=torch.int64),
-        torch.randn(batch, 77, 768), torch.rand(batch, 7), torch.ones(batch, dtype=torch.bool), None,
+        torch.randn(batch, 77, 768), torch.rand(batch, 7), torch.ones(batch, dtype=torch.bool),
+        None,
     )
     model(*given).square().mean().backward()
 

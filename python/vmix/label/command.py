@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TypeVar
 
@@ -71,9 +71,9 @@ def label(args: argparse.Namespace) -> int:
         learned.by_label,
         args.laion is not None,
     )
+    measured = [choice for choice in choices if choice.measure]
     data = read_dataset(args.data)
     folder = args.data if args.data.is_dir() else args.data.parent
-    measured = [choice for choice in choices if choice.measure]
     sheets = _sheets(args, folder, data.examples, [choice.label for choice in measured])
 
     keys = dict.fromkeys(choice.key for choice in measured if choice.key not in learned.keys)
@@ -83,45 +83,37 @@ def label(args: argparse.Namespace) -> int:
 
     entries = read_overlay(overlay)
     usable = [e for e in data.examples if e.key in entries and e.key not in scoring.problems]
-    columns = {c.key: _column([entries[e.key] for e in usable], c.key) for c in measured}
-    ends = {c.label: cuts(columns[c.key], c.quantiles, c.sign) for c in measured}
-    new = {c.label: labelled(columns[c.key], *ends[c.label], c.sign) for c in measured}
-    kept, gone = Counter[str](), Counter[str]()
-    hands: list[set[str]] = []
-    for index, example in enumerate(usable):
-        values = {name: column[index] for name, column in new.items()}
-        by_hand, lost = relabel(entries[example.key], values, names)
-        kept.update(by_hand)
-        gone.update(lost)
-        hands.append(set(by_hand))
+    lines = [entries[example.key] for example in usable]
+    columns = {c.label: _column(lines, c.key) for c in measured}
+    ends = {c.label: cuts(columns[c.label], c.quantiles, c.sign) for c in measured}
+    hands, gone = _relabelled(lines, measured, columns, ends, names)
     if usable:
         write_overlay(overlay, entries, (example.key for example in data.examples))
+        for choice in measured:
+            scores, file = columns[choice.label], sheets[choice.label]
+            _draw(choice, scores, ends[choice.label], usable, lines, hands, file)
 
-    for choice in measured:
-        if usable:
-            _draw(choice, columns[choice.key], ends[choice.label], usable, entries, hands,
-                  sheets[choice.label])  # fmt: skip
-    problems = {**dict(data.problems), **scoring.problems}
-    before = len(usable) - scoring.scored
-    print(f"{args.data}: {len(data.examples)} images, {len(usable)} with scores", end="")
-    print(f" ({before} from before)" if before and scoring.scored else "")
-    of_set = [entries[example.key] for example in usable]
+    before = f" ({len(usable) - scoring.scored} from before)"
+    news = before if 0 < scoring.scored < len(usable) else ""
+    print(f"{args.data}: {len(data.examples)} images, {len(usable)} with scores{news}")
+    kept = Counter(name for by_hand in hands for name in by_hand)
     rows = [
         report.Row(
             choice,
-            ends.get(choice.label, (0.0, 0.0)),
-            tally(of_set, choice.label),
+            ends.get(choice.label, (np.nan, np.nan)),
+            tally(lines, choice.label),
             kept[choice.label],
-            int((~np.isfinite(columns[choice.key])).sum()) if choice.measure else 0,
+            int((~np.isfinite(columns.get(choice.label, np.empty(0)))).sum()),
         )
         for choice in choices
     ]
-    print("\n".join(report.table(rows)))
-    compared = [(choice.label, columns[choice.key]) for choice in measured]
-    for lines in (
-        report.likeness(alike(compared)), report.gone(gone), report.troubles(problems)
-    ):  # fmt: skip
-        print("".join(f"{line}\n" for line in lines), end="")
+    for part in (
+        report.table(rows),
+        report.likeness(alike(list(columns.items()))),
+        report.gone(gone),
+        report.troubles({**dict(data.problems), **scoring.problems}),
+    ):
+        print("".join(f"{line}\n" for line in part), end="")
     if not usable:
         print(f"error: {args.data}: no image could be scored", file=sys.stderr)
         return 1
@@ -133,6 +125,26 @@ def label(args: argparse.Namespace) -> int:
     if sheets:
         print(f"Contact sheets: {', '.join(map(str, sheets.values()))}")
     return 0
+
+
+def _relabelled(
+    lines: Sequence[Entry],
+    choices: Sequence[Choice],
+    columns: Mapping[str, Array],
+    ends: Mapping[str, tuple[float, float]],
+    names: Sequence[str],
+) -> tuple[list[Set[str]], Counter[str]]:
+    """Changes the lines. Returns what was kept by hand in each, and how many images labels that
+    are not in the list went from."""
+    new = {c.label: labelled(columns[c.label], *ends[c.label], c.sign) for c in choices}
+    hands: list[Set[str]] = []
+    gone: Counter[str] = Counter()
+    for index, line in enumerate(lines):
+        values = {name: column[index] for name, column in new.items()}
+        by_hand, lost = relabel(line, values, names)
+        hands.append(by_hand)
+        gone.update(lost)
+    return hands, gone
 
 
 def _by_label(option: str, given: Iterable[tuple[str, T]], names: Sequence[str]) -> dict[str, T]:
@@ -167,13 +179,13 @@ def _draw(
     scores: Array,
     ends: tuple[float, float],
     examples: Sequence[Example],
-    entries: Mapping[str, Entry],
-    hands: Sequence[set[str]],
+    lines: Sequence[Entry],
+    hands: Sequence[Set[str]],
     file: Path,
 ) -> None:
     pictures = []
-    for example, score, by_hand in zip(examples, scores, hands, strict=True):
-        value = parse_labels(entries[example.key]["aesthetics"]).get(choice.label)
+    for example, line, score, by_hand in zip(examples, lines, scores, hands, strict=True):
+        value = parse_labels(line["aesthetics"]).get(choice.label)
         mine = choice.label in by_hand
         pictures.append(sheet.Picture(example.key, float(score), value, mine))
     found = {example.key: example for example in examples}

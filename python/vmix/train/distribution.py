@@ -30,6 +30,11 @@ def fit_plugins(accelerator: Accelerator, args: argparse.Namespace) -> None:
             f"--use_8bit_adam: its state cannot be shared out, as {kind.value} does"
         )
     if kind == DistributedType.FSDP:
+        if args.objective != "denoising":
+            raise TrainingError(
+                f"--objective {args.objective}: teachers are asked more often on one process than "
+                "on another, which FSDP does not allow; DDP and DeepSpeed do"
+            )
         fsdp = accelerator.state.fsdp_plugin
         if fsdp.fsdp_version != 2:
             raise TrainingError(f"FSDP: expected fsdp_version 2, found {fsdp.fsdp_version}")
@@ -71,15 +76,19 @@ class Zero:
 
     def moments(self) -> dict[str, Tensor]:
         """As "<parameter>/<name>"; none before the first step."""
-        from deepspeed.utils import safe_get_full_optimizer_state
+        from deepspeed.utils import (
+            lazy_init_hp_params_optimizer_state,
+            safe_get_full_optimizer_state,
+        )
 
-        if not self.zero.optimizer.state:
-            return {}
-        found = {}
-        for flat, members in self._groups():
-            step = torch.as_tensor(self.zero.optimizer.state[flat]["step"], dtype=torch.float32)
+        state = self.zero.optimizer.state
+        found: dict[str, Tensor] = {}
+        for flat, members in self._groups() if state else ():
+            # It has looked for them when only the first group had any.
+            lazy_init_hp_params_optimizer_state(list(members.values()), flat, state)
+            step = torch.as_tensor(state[flat]["step"], dtype=torch.float32)
             for name, parameter in members.items():
-                found[f"{name}/step"] = step.cpu()
+                found[f"{name}/step"] = step.to("cpu", copy=True)  # files share no tensors
                 for key in MOMENTS:
                     found[f"{name}/{key}"] = safe_get_full_optimizer_state(parameter, key).cpu()
         return found

@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from safetensors import SafetensorError
-from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm.auto import tqdm
 
 from vmix import Adapter, VMixError, init_adapter, read_label_list
@@ -125,14 +125,6 @@ class Run:
         ):  # what the file's writer refuses, it refuses now, not after days
             self.adapter(0)
 
-        # Before FSDP shares out the U-Net that draws pictures.
-        try:
-            self.objective.prepare(self.bar, self.rank, self.world, self._agree)
-        except OtherError:
-            raise
-        except (TrainingError, OSError, SafetensorError) as error:
-            self._agree(error)
-
         self.denoiser = denoiser = Denoiser(base.unet, self.branch)
         self.model, self.optimizer, self.schedule = accelerator.prepare(
             denoiser, *self._optimizer(denoiser)
@@ -149,6 +141,12 @@ class Run:
             args.output_dir, settings(args), args.checkpoints_total_limit,
         )  # fmt: skip
         self.done = self.checkpoints.resume(args.resume_from_checkpoint)
+        try:
+            self.objective.prepare(self.bar, self.rank, self.world, self._agree)
+        except OtherError:
+            raise
+        except (TrainingError, OSError, SafetensorError) as error:
+            self._agree(error)
         self.validation = validation.Validation(base, self.prompts, args) if self.prompts else None
         self.picture: Path | None = None
         if tracker:
@@ -358,6 +356,8 @@ class Run:
             adapter = self.adapter(self.done) if self.branch is not None else None
             if self.accelerator.is_main_process or everyone:
                 image = self.denoiser.alone(lambda: pictures.grid(adapter))
+                if isinstance(self.model, FSDPModule):
+                    self.model.reshard()  # which it does after a backward only
                 if self.accelerator.is_main_process:
                     try:
                         folder = self.args.output_dir / "validation"

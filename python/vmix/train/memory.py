@@ -306,8 +306,11 @@ def _denoiser(base: BaseName, precision: Precision, rank: int) -> Any:
 
 def _adapter(base: BaseName, unet: nn.Module) -> Any:
     """As much of an untrained adapter as a value branch is made from."""
-    layers = unet_layers(base)
     width, labels = CONTEXT[base], read_label_list()
+    layers = []
+    for layer in unet_layers(base):
+        rows, _ = unet.get_parameter(f"{layer.name}.to_v.weight").shape
+        layers.append(SimpleNamespace(name=layer.name, inner_dim=rows))
     shapes: dict[str, tuple[int, ...]] = {
         "aes_emb": (len(labels), 2, width),
         "projection.linear.weight": (TOKENS, len(labels)),
@@ -316,9 +319,7 @@ def _adapter(base: BaseName, unet: nn.Module) -> Any:
         "projection.zero.weight": (width, width),
         "projection.zero.bias": (width,),
     }
-    for layer in layers:
-        to_v = unet.get_parameter(f"{layer.name}.to_v.weight")
-        shapes[f"{layer.name}.to_v_aes.weight"] = tuple(to_v.shape)
+    shapes |= {f"{layer.name}.to_v_aes.weight": (layer.inner_dim, width) for layer in layers}
     return SimpleNamespace(
         labels=labels,
         layers=layers,
