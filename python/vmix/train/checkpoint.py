@@ -115,19 +115,11 @@ class Checkpoints:
             "processes": self.accelerator.num_processes,
         }
 
-    def _names(self) -> list[str]:
-        """Of the optimizer's parameters, in its order."""
-        ids = {id(p): name for name, p in self.parameters().items()}
-        groups = self.optimizer.param_groups
-        return [ids[id(p)] for group in groups for p in group["params"]]
-
     def _optimizer_state(self) -> dict[str, Tensor]:
-        state = self.optimizer.state_dict()["state"]
-        names = self._names()
         return {
-            f"{names[index]}/{key}": gathered(torch.as_tensor(value)).cpu().contiguous()
-            for index, values in state.items()
-            for key, value in values.items()
+            f"{name}/{key}": gathered(torch.as_tensor(value)).to("cpu", copy=True).contiguous()
+            for name, parameter in self.parameters().items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
         }
 
     def _average_state(self) -> dict[str, Tensor]:
@@ -211,20 +203,21 @@ class Checkpoints:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        full = self.optimizer.state_dict()
-        state: dict[int, dict[str, Tensor]] = {}
-        parameters = self.parameters()
-        for index, name in enumerate(self._names()):
-            own = {k.rpartition("/")[2]: t for k, t in tensors.items() if k.startswith(f"{name}/")}
-            state[index] = {key: like(tensor, parameters[name]) for key, tensor in own.items()}
-        self.optimizer.load_state_dict({**full, "state": {i: s for i, s in state.items() if s}})
+        plain = isinstance(self.optimizer.optimizer, torch.optim.AdamW)
+        parameters, states = self.parameters(), self.optimizer.state
+        for name, tensor in tensors.items():
+            owner, _, key = name.rpartition("/")
+            if key == "step":  # a number of bitsandbytes'
+                states[parameters[owner]][key] = tensor if plain else int(tensor)
+            else:
+                states[parameters[owner]][key] = like(tensor, parameters[owner])
 
 
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """The tensor where the parameter is, shared out as it is."""
     mesh = getattr(parameter, "device_mesh", None)
-    if mesh is None or tensor.shape != parameter.shape:
-        return tensor
+    if mesh is None:
+        return tensor.to(parameter.device)
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
