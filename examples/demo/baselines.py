@@ -329,25 +329,26 @@ def plug_in(work: Path, objects: ObjectClassifier) -> tuple[dict[str, Any], Any]
 # What the numbers of the committed report.json say; to be read again when they change.
 NOTES = {
     "methods": """\
-Fine-tuning, the LoRA and VMix arrive at much the same place: colour, light and position go most of
-the way from the base to drawn all-positive pictures, and their gains are within each other's
-intervals. The first two were shown what to become and can do nothing else; VMix learned it from
-mixed pictures and can set each label. FreeU lightens pictures. Textual inversion does next to
-nothing: this base has no words for looks, and one embedding does not give it any. Sharpness is
-moved by no method. Colour and object as prompted are met by no method less often than by the
-base, beyond the intervals.""",
+Fine-tuning, the LoRA and VMix arrive at much the same place: colour, light and position go most
+of the way from the base to drawn all-positive pictures. At guidance 3 their gains are within each
+other's intervals; at 7.5 VMix changes colour and light most. The first two were shown what to
+become and can do nothing else; VMix learned it from mixed pictures and can set each label. FreeU
+lightens pictures. Textual inversion does next to nothing: this base has no words for looks, and one
+embedding does not give it any. Sharpness is raised by no method. Colour and object as prompted are
+met by none less often than by the base, beyond the intervals.""",
     "lora": """\
 The LoRA that was trained without labels on the adapter's pictures stays where the base is; on
 curated ones it gets where VMix is. The adapter from a joint training does most of the work
 alone.""",
     "strength": """\
 About half of the way is there at λ = 0.25 and most of it at 0.5; from 1 on there is little to gain.
-Fidelity holds up to 1.5. At 2 fewer objects are recognised than at 1, and at guidance 7.5 fewer
-hues match too, which is the decline of text fidelity that the paper reports.""",
+Fidelity holds up to 1.5. At 2 objects are recognised less often than at 1, and at guidance 7.5 hues
+match less often too (against the base, 0.125 less each, with intervals that reach zero): the
+decline of text fidelity that the paper reports would look like this.""",
     "plug-in": """\
 The labels do on the fine-tuned base what they do on the original: color, lighting and composition
 keep their effect, sharp focus has none on either. Lighting is a little weaker. With all labels
-positive, colour and object are as prompted as without adapter, and the style is the fine-tuned
+positive, colour and object are as prompted as often as without it, and the style is the fine-tuned
 base's. It is a near relative of the original, with the same text encoder, and 500 steps away.""",
 }
 
@@ -490,7 +491,7 @@ def main() -> None:
         result["drawn"] = {m: drawn[m] for m in (*MEASURES, OBJECT)} | {HUE: drawn[FIDELITY[0]]}
         result["comparison"] = {f"{g:g}": compare(args.work, g, objects) for g in GUIDANCES}
         grid = Image.open(args.work / f"eval-{GUIDANCE:g}" / "grid.png")
-        save(grid.crop((0, 0, grid.width, TOP + 4 * (CELL + GAP))), args.out / "grid.png")
+        save(grid.crop((0, 0, grid.width, TOP + 4 * (CELL + GAP) - 2)), args.out / "grid.png")
     if args.only in (None, "another"):
         result["another base"], image = plug_in(args.work, objects)
         save(image, args.out / "another-base.png")

@@ -459,8 +459,8 @@ lighting and above all composition also make the object easier to recognise, and
 towards the centre, because all-negative pictures are so far gone (see the unconditional pass).""",
     "strength": """\
 Most of the effect is there at λ = 0.25, and beyond 1 there is little left to gain. Fidelity stays
-within its interval of the base's up to λ = 1.25 and is somewhat lower beyond. The base centres these
-prompts by itself, so that all-positive changes little there.""",
+within its interval of the base's up to λ = 1.25 and is somewhat lower beyond. The base centres
+these prompts by itself, so that all-positive changes little there.""",
     "attention": """\
 At λ = 1 the maps correlate at 0.96 with the base's, although the pictures differ clearly; they
 are not equal because later layers and steps see what earlier ones have changed. The same f_a
@@ -469,8 +469,8 @@ much more change of the picture than VMix makes at λ = 2, where they still corr
     "unconditional": """\
 The default is `cond`: with all labels positive it keeps colour and object as well as the others,
 within the intervals, and lighting and composition follow it most. The price is at the other end:
-all-negative pictures keep the object in under half of the cases, against three fifths with `both` and
-`contrast`, and `contrast` moves colour most. Who uses negative labels for their own sake is
+all-negative pictures keep the object in under half of the cases, against three fifths with `both`
+and `contrast`, and `contrast` moves colour most. Who uses negative labels for their own sake is
 better served by an adapter trained with `--apply_to both`.""",
     "ablation": """\
 The LoRA alone, having no labels, goes nowhere: it learns the mixture that the base knows already.

@@ -16,6 +16,7 @@ __all__ = [
     "Values",
     "__version__",
     "attention",
+    "clip_merges",
     "init_adapter",
     "ldm_name",
     "open",

@@ -15,7 +15,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,28 +41,43 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def forget() -> None:
-    for function in (memory._step, memory._denoiser, memory._encoders, memory._encoding):
-        function.cache_clear()
+SMALL = {
+    "block_out_channels": [32, 64],
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "transformer_layers_per_block": 1,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}
+LAYERS = [
+    f"{block}.attentions.{index}.transformer_blocks.0.attn2"
+    for block, index in (
+        ("down_blocks.0", 0),
+        ("mid_block", 0),
+        ("up_blocks.1", 0),
+        ("up_blocks.1", 1),
+    )
+]
 
 
-@pytest.fixture
-def narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """SD1.5 and SDXL with the same blocks and fewer channels."""
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Blocks of every kind that SD1.5 and SDXL have, but few and narrow."""
+    folder = tmp_path_factory.mktemp("configs")
     for base in ("sd15", "sdxl"):
-        shutil.copytree(CONFIGS / base, tmp_path / base)
-        path = tmp_path / base / "unet" / "config.json"
-        config = json.loads(path.read_text())
-        blocks = len(config["block_out_channels"])
-        config["block_out_channels"] = [32, 64, 64, 64][:blocks]
-        config["attention_head_dim"] = 2 if blocks == 4 else [2] * blocks
-        if base == "sdxl":
-            config["transformer_layers_per_block"] = [1, 2, 10]
-        path.write_text(json.dumps(config))
-    monkeypatch.setattr(memory, "CONFIGS", tmp_path)
-    forget()
-    yield
-    forget()
+        shutil.copytree(CONFIGS / base, folder / base)
+        path = folder / base / "unet" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | SMALL))
+    layers = [SimpleNamespace(name=name) for name in LAYERS]
+    functions = (memory._step, memory._denoiser, memory._encoders, memory._encoding)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "CONFIGS", folder)
+        patch.setattr(memory, "unet_layers", lambda _: layers)
+        for function in functions:
+            function.cache_clear()
+        yield
+    for function in functions:
+        function.cache_clear()
 
 
 def on_cpu(precision: memory.Precision = "no", rank: int = RANK) -> Any:
@@ -90,7 +107,7 @@ def step(checkpointing: bool = False, batch: int = 2) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_meta_is_the_cpu(checkpointing: bool, narrow: None) -> None:
+def test_meta_is_the_cpu(checkpointing: bool, small: None) -> None:
     """No kernel of the CPU makes what `meta` does not know of: not a byte differs."""
     model = on_cpu()
     if checkpointing:
@@ -98,7 +115,7 @@ def test_meta_is_the_cpu(checkpointing: bool, narrow: None) -> None:
     assert memory.measure(model, inputs(2)) == step(checkpointing)
 
 
-def test_kept_is_what_autograd_saves(narrow: None) -> None:
+def test_kept_is_what_autograd_saves(small: None) -> None:
     model, given = on_cpu(), inputs(2)
     known = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     known |= {t.untyped_storage().data_ptr() for t in given if isinstance(t, Tensor)}
@@ -120,7 +137,7 @@ def test_kept_is_what_autograd_saves(narrow: None) -> None:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_most_is_what_the_allocator_gave(checkpointing: bool, narrow: None) -> None:
+def test_most_is_what_the_allocator_gave(checkpointing: bool, small: None) -> None:
     """torch's profiler sees the allocator itself, and so buffers within kernels, too."""
     model, given = on_cpu(), inputs(2)
     if checkpointing:
@@ -139,37 +156,39 @@ def test_most_is_what_the_allocator_gave(checkpointing: bool, narrow: None) -> N
     assert estimated <= most <= 1.15 * estimated
 
 
-def test_counts_continue(narrow: None) -> None:
+def test_counts_continue(small: None) -> None:
     """A batch of 5 is what those of 1 and 2 say."""
     for checkpointing in (False, True):
-        found = memory._continued(lambda b, c=checkpointing: step(c, b), 5)
-        assert tuple(found) == step(checkpointing, 5)
+        counts = partial(step, checkpointing)
+        assert tuple(memory._continued(counts, 5)) == counts(5)
 
 
-def test_no_map_of_attention_is_kept(narrow: None) -> None:
+def test_no_map_of_attention_is_kept(small: None) -> None:
     """Four times the pixels keep four times the bytes; a map would be sixteen times as large."""
-    small, large = (
+    few, large = (
         memory._step("sd15", "bf16", 0, False, side, "cuda", 1)[0] for side in (512, 1024)
     )
-    assert 3.5 < large / small <= 4.0
+    assert 3.5 < large / few <= 4.0
 
 
 # --- autocast -----------------------------------------------------------------------------------
 
 
-def test_autocast_is_followed(narrow: None) -> None:
+def test_autocast_is_followed(small: None) -> None:
     """torch's own autocast on the CPU, which casts fewer operations than the GPU's."""
     denoiser = memory._denoiser("sd15", "bf16", RANK)
     real, given = on_cpu("bf16"), inputs(2, torch.bfloat16)
     expected = memory.measure(real, given, torch.autocast("cpu", torch.bfloat16))
     meta = tuple(t.to("meta") if isinstance(t, Tensor) else t for t in given)
-    kernels = Kernels("cpu", torch.bfloat16, full={"interpolate"})
-    assert memory.measure(denoiser, meta, kernels) == expected
-    plain = memory.measure(denoiser, meta, Kernels("cpu"))  # which has to say something else
-    assert plain != expected
+    found = memory.measure(denoiser, meta, Kernels("cpu", torch.bfloat16, full={"interpolate"}))
+    for count, exact in zip(found, expected, strict=True):
+        # The CPU's LayerNorm keeps two numbers a token in bfloat16, where GPUs and meta have f32.
+        assert exact <= count <= 1.003 * exact
+    gpu = memory.measure(denoiser, meta, Kernels("cpu", torch.bfloat16))
+    assert gpu[0] > 1.1 * expected[0]  # so the lists matter
 
 
-def test_lists_of_autocast(narrow: None) -> None:
+def test_lists_of_autocast(small: None) -> None:
     """Of all functions that the models call, those of torch's lists for GPUs and no others."""
     header = Path(torch.__path__[0]) / "include" / "ATen" / "autocast_mode.h"
     lists = {}
@@ -232,7 +251,7 @@ def test_published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert estimate(base, rank=0, ema=True).average == found.trained  # type: ignore[arg-type]
 
 
-def test_size_of_a_lora(narrow: None) -> None:
+def test_size_of_a_lora(small: None) -> None:
     bare, with_lora = (memory._denoiser("sd15", "bf16", rank) for rank in (0, 16))
     count = [sum(p.numel() for p in trained_parameters(m).values()) for m in (bare, with_lora)]
     assert count[1] - count[0] == lora_size(bare.unet, 16)
@@ -251,15 +270,14 @@ def test_optimizers() -> None:
     assert memory._adamw_8bit(weights) == 2 * (6400 + 25 * 4) + 8 * 64
 
 
-def test_estimates_are_ordered(narrow: None) -> None:
+def test_estimates_are_ordered(small: None) -> None:
     """What is said to need less does; and what fits is what the total says."""
-    plain = estimate("sd15", 512, 4)
+    sums = partial(estimate, "sd15", 512, 4, cached=True)
+    plain = sums()
     assert plain.total == sum(vars(plain).values())
-    for settings in ({"cached": True}, {"checkpointing": True}, {"rank": 4}, {"batch": 3}):
-        assert estimate("sd15", 512, **{"batch": 4, **settings}).total < plain.total  # type: ignore[arg-type]
-    assert estimate("sd15", 512, 4, optimizer="adamw8bit").total < plain.total
-    assert estimate("sd15", 512, 4, ema=True).total > plain.total
-    assert estimate("sd15", 512, 4, precision="no").total > plain.total
+    assert sums(checkpointing=True).total < plain.total < estimate("sd15", 512, 4).total
+    assert sums(rank=4).total < plain.total < sums(precision="no").total
+    assert sums(optimizer="adamw8bit").total < plain.total < sums(ema=True).total
     count = memory.largest_batch(3, "sd15")
     assert 1 <= count < memory.STEP
     assert estimate("sd15", batch=count).total <= 3 * memory.GIB
@@ -267,7 +285,7 @@ def test_estimates_are_ordered(narrow: None) -> None:
     assert memory.largest_batch(0.5, "sd15") == 0
 
 
-def test_table(narrow: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     memory.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 2 * len(memory.SETTINGS)

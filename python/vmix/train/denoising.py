@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vmix.dataset import Example
 from vmix.train.base import Base
 from vmix.train.cache import PART, Store, in_parts, key_of, store_texts
 from vmix.train.data import UNKNOWN, Size, Usable, buckets, nearest_bucket, to_pixels
@@ -21,7 +23,7 @@ from vmix.train.objective import (
     target_of,
     weighted_loss,
 )
-from vmix.train.order import Order, Place
+from vmix.train.order import Order
 
 
 class Denoising:
@@ -72,7 +74,7 @@ class Denoising:
         for part in bar(in_parts(todo, PART), desc="Latents"):
             entries: dict[str, dict[str, Tensor]] = {}
             loader = torch.utils.data.DataLoader(
-                _Pixels(self, part),
+                _Pixels([(i, self.images[i].example, self.shapes[i]) for i in part]),
                 None,
                 num_workers=self.args.dataloader_num_workers,
                 worker_init_fn=leave_signals,
@@ -99,15 +101,7 @@ class Denoising:
         )
 
     def dataset(self) -> torch.utils.data.Dataset[Batch]:
-        return _Images(self)
-
-    def item(self, place: Place) -> Batch:
-        number, index = place
-        item: Batch = {"number": number, "index": index, "caption": self.images[index].caption}
-        if self.latents is not None and self.texts is not None:
-            return item | self.latents[self.keys[index]] | self.texts[key_of(item["caption"])]
-        pixels, sizes = to_pixels(self.images[index].example, self.shapes[index])
-        return item | {"pixels": pixels, "sizes": sizes}
+        return _Images(self.images, self.shapes, self.keys, self.latents, self.texts)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The base's own training loss on one batch."""
@@ -152,24 +146,35 @@ class Denoising:
         }
 
 
+@dataclass(frozen=True)
 class _Images(torch.utils.data.Dataset[Batch]):
-    def __init__(self, objective: Denoising) -> None:
-        self.objective = objective
+    """What workers make of images. It knows no models, since it may be sent to them."""
+
+    images: Sequence[Usable]
+    shapes: Sequence[Size]
+    keys: Sequence[str]
+    latents: Store | None
+    texts: Store | None
 
     def __getitem__(self, place: Any) -> Batch:
-        return self.objective.item(place)
+        number, index = place
+        image = self.images[index]
+        item: Batch = {"number": number, "index": index, "caption": image.caption}
+        if self.latents is not None and self.texts is not None:
+            return item | self.latents[self.keys[index]] | self.texts[key_of(image.caption)]
+        pixels, sizes = to_pixels(image.example, self.shapes[index])
+        return item | {"pixels": pixels, "sizes": sizes}
 
 
+@dataclass(frozen=True)
 class _Pixels(torch.utils.data.Dataset[tuple[int, Tensor, Tensor]]):
     """Images by index, for the cache."""
 
-    def __init__(self, objective: Denoising, indices: Sequence[int]) -> None:
-        self.objective, self.indices = objective, indices
+    images: Sequence[tuple[int, Example, Size]]
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.images)
 
     def __getitem__(self, place: int) -> tuple[int, Tensor, Tensor]:
-        index = self.indices[place]
-        example, shape = self.objective.images[index].example, self.objective.shapes[index]
+        index, example, shape = self.images[place]
         return (index, *to_pixels(example, shape))

@@ -186,7 +186,7 @@ def push(folder: Path, repository: str) -> None:
         api.upload_folder(
             folder_path=folder,
             repo_id=made.repo_id,
-            ignore_patterns=["checkpoint-*", "cache/*", "logs/*", "*.part"],
+            ignore_patterns=["checkpoint-*", "cache/*", "logs/*", "metrics.jsonl", "*.part"],
         )
     except Exception as error:
         raise TrainingError(

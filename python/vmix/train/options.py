@@ -275,7 +275,10 @@ def check_args(args: argparse.Namespace) -> None:
     ):
         if getattr(args, key) < 1:
             problems.append(f"--{key} {getattr(args, key)} is not positive")
-    for key in ("resolution", "checkpoints_total_limit", "snr_gamma"):
+    for key in (
+        *("resolution", "checkpoints_total_limit", "snr_gamma"),
+        *("learning_rate", "lora_learning_rate"),
+    ):
         if getattr(args, key) is not None and getattr(args, key) <= 0:
             problems.append(f"--{key} {getattr(args, key)} is not positive")
     for key in ("rank", "seed", "lr_warmup_steps", "dataloader_num_workers"):

@@ -36,7 +36,7 @@ from vmix.train.errors import TrainingError, complain
 from vmix.train.model import ValueBranch
 from vmix.train.objective import Batch, Chances, step_size, weighted_loss
 from vmix.train.options import read_lines, read_yaml
-from vmix.train.order import Order, Place, generator
+from vmix.train.order import Order, generator
 
 _ACTIVE = (0.1, 0.5, 0.2, 0.2)
 """Shares of examples with no label, one, two and any number of them away from neutral."""
@@ -225,16 +225,8 @@ class Distillation:
         raise NotImplementedError
 
     def dataset(self) -> torch.utils.data.Dataset[Batch]:
-        return _Samples(self)
-
-    def item(self, place: Place) -> Batch:
-        number, index = place
-        return {
-            "number": number,
-            "prompt": self._prompt(index),
-            "drawn": self._drawn(index),
-            "latents": self.samples[str(index)]["latents"],
-        }
+        count = len(self.prompts) * self.args.samples_per_prompt
+        return _Samples([(self._prompt(i), self._drawn(i)) for i in range(count)], self.samples)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         base, args = self.base, self.args
@@ -494,9 +486,15 @@ class Loras(Distillation):
         return {**super().record(), "teachers": teachers}
 
 
+@dataclass(frozen=True)
 class _Samples(torch.utils.data.Dataset[Batch]):
-    def __init__(self, objective: Distillation) -> None:
-        self.objective = objective
+    """Prompts, and how their pictures were drawn. It knows no models: workers may be sent it."""
+
+    prompts: Sequence[tuple[str, Drawn]]
+    latents: Store
 
     def __getitem__(self, place: Any) -> Batch:
-        return self.objective.item(place)
+        number, index = place
+        prompt, drawn = self.prompts[index]
+        latents = self.latents[str(index)]["latents"]
+        return {"number": number, "prompt": prompt, "drawn": drawn, "latents": latents}

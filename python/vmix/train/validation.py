@@ -100,8 +100,11 @@ def save_grid(image: Image.Image, folder: Path, step: int) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{step:06d}.png"
     part = path.with_suffix(".part")
-    image.save(part, format="PNG")
-    part.replace(path)
+    try:
+        image.save(part, format="PNG")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
