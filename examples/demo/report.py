@@ -538,7 +538,9 @@ Written by `make demo-report` from [report.json](report.json): {settings["pairs"
 pairs that nothing was tuned on, {settings["steps"]} DDIM steps, guidance {settings["guidance"]:g},
 strength 1 unless said otherwise. Square brackets are 95 % bootstrap intervals over pairs. The model
 is very small (64 px, 5.5 M parameters) and its labels are four drawn looks, so this shows that the
-method and this implementation work, not how a real photograph would improve.
+method and this implementation work, not how a real photograph would improve. More pages:
+[other methods, and another base](comparison/README.md);
+[adapters from words and from LoRAs](objectives/README.md).
 
 ![Eight prompts without VMix, with all labels positive, single labels, and all negative](grid.png)
 

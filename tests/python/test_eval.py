@@ -397,19 +397,24 @@ def test_more_prompts_later_are_the_same_as_at_once(
 
 
 def _evaluate(argv: Sequence[str], variables: Mapping[str, str], last: int | None = None) -> None:
-    """In a process of its own; with `last`, as far as the next picture is about to get its name."""
+    """In a process of its own; with `last`, as far as the next picture is about to get its name.
+
+    Writes the names of its pictures to $NAMES."""
     os.environ.update(variables)
     torch.set_num_threads(1)
-    names, real = iter(range(last or 0)), os.replace
+    names, real = list[str](), os.replace
 
     def replace(source: Path, target: Path) -> None:
-        if next(names, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if "images" in target.parts:
+            if len(names) == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+            names.append("/".join(target.parts[-2:]))
         real(source, target)
 
-    if last is not None:
-        os.replace = replace  # type: ignore[assignment]
+    os.replace = replace  # type: ignore[assignment]
     main(argv)
+    if "NAMES" in variables:
+        Path(variables["NAMES"]).write_text(json.dumps(names))
 
 
 def _started(argv: Sequence[str], last: int | None = None, **variables: Any) -> Any:
@@ -441,10 +446,17 @@ def test_processes_share_the_work(tiny: Path, prompts: Path, tmp_path: Path) -> 
             "MASTER_PORT": free.getsockname()[1], "GLOO_SOCKET_IFNAME": "lo",
             "ACCELERATE_USE_CPU": "true",
         }  # fmt: skip
-    both = [_started(argv, RANK=rank, LOCAL_RANK=rank, **world) for rank in range(2)]
+    shares = [tmp_path / "0", tmp_path / "1"]
+    both = [
+        _started(argv, RANK=rank, LOCAL_RANK=rank, NAMES=share, **world)
+        for rank, share in enumerate(shares)
+    ]
     for process in both:
         process.join(180)
         assert process.exitcode == 0
+    first, second = (set(json.loads(share.read_text())) for share in shares)
+    assert first & second == set()
+    assert {len(first), len(second)} == {6, 4}, "of three batches in two rows, two and one"
     assert files(tmp_path / "two") == files(run(tiny, prompts, tmp_path / "one", "--freeu"))
     results = [(tmp_path / name / "results.json").read_text() for name in ("one", "two")]
     assert results[0] == results[1]

@@ -7,7 +7,6 @@ other means: torch's profiler, saved-tensor hooks, and autocast itself. What a G
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import re
@@ -15,7 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from vmix import unet_layers
 from vmix.train import memory
 from vmix.train.memory import CONFIGS, Kernels, estimate
 from vmix.train.model import LORA_LAYERS, trained_parameters
@@ -82,12 +82,11 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def on_cpu(precision: memory.Precision = "no", rank: int = RANK) -> Any:
     """The same model, with numbers."""
-    model = copy.deepcopy(memory._denoiser("sd15", precision, rank)).to_empty(device="cpu")
+    model = memory._denoiser.__wrapped__("sd15", precision, rank).to_empty(device="cpu")
     torch.manual_seed(0)
     with torch.no_grad():
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.normal_(0, 0.02)
-            tensor.grad = None
     return model
 
 
@@ -102,7 +101,7 @@ def inputs(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     )
 
 
-def step(checkpointing: bool = False, batch: int = 2) -> tuple[int, int]:
+def step(checkpointing: bool = False, batch: int = 2) -> tuple[int, ...]:
     return memory._step("sd15", "no", RANK, checkpointing, SIDE, "cpu", batch)
 
 
@@ -130,7 +129,7 @@ def test_kept_is_what_autograd_saves(small: None) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(*given).float().square().mean()
     assert loss.requires_grad
-    kept, _ = step()
+    kept, *_ = step()
     # Values and the prediction live too, whether they are saved or not.
     extra = sum(value.untyped_storage().nbytes() for value in model._values)
     assert sum(saved.values()) <= kept <= sum(saved.values()) + extra + 64 * SIDE**2
@@ -151,16 +150,17 @@ def test_most_is_what_the_allocator_gave(checkpointing: bool, small: None) -> No
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
         most = max(most, now)
-    _, estimated = step(checkpointing)
+    estimated = max(step(checkpointing))
     # What convolutions and sums need beside their results: more of it in so narrow a model.
     assert estimated <= most <= 1.15 * estimated
 
 
 def test_counts_continue(small: None) -> None:
-    """A batch of 5 is what those of 1 and 2 say."""
+    """Other batches are what those of 2 and 3 say, at every moment."""
     for checkpointing in (False, True):
         counts = partial(step, checkpointing)
-        assert tuple(memory._continued(counts, 5)) == counts(5)
+        for batch in (1, 5):
+            assert tuple(memory._continued(counts, batch)) == counts(batch)
 
 
 def test_no_map_of_attention_is_kept(small: None) -> None:
@@ -181,7 +181,7 @@ def test_autocast_is_followed(small: None) -> None:
     expected = memory.measure(real, given, torch.autocast("cpu", torch.bfloat16))
     meta = tuple(t.to("meta") if isinstance(t, Tensor) else t for t in given)
     found = memory.measure(denoiser, meta, Kernels("cpu", torch.bfloat16, full={"interpolate"}))
-    for count, exact in zip(found, expected, strict=True):
+    for count, exact in ((found[0], expected[0]), (max(found), max(expected))):
         # The CPU's LayerNorm keeps two numbers a token in bfloat16, where GPUs and meta have f32.
         assert exact <= count <= 1.003 * exact
     gpu = memory.measure(denoiser, meta, Kernels("cpu", torch.bfloat16))
@@ -230,6 +230,10 @@ def lora_size(unet: nn.Module, rank: int) -> int:
 
 def test_published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters of SD1.5 and SDXL as they are published, in the precision asked for."""
+    monkeypatch.setattr(memory, "CONFIGS", CONFIGS)
+    monkeypatch.setattr(memory, "unet_layers", unet_layers)
+    for name in ("_denoiser", "_encoders"):
+        monkeypatch.setattr(memory, name, cache(getattr(memory, name).__wrapped__))
     monkeypatch.setattr(memory, "_step", lambda *_: (0, 0))
     monkeypatch.setattr(memory, "_encoding", lambda *_: (0,))
     vae = 83_653_863
@@ -244,7 +248,7 @@ def test_published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
         assert estimate(base, precision="no", rank=0, cached=True).encoders == 0  # type: ignore[arg-type]
         d = memory.CONTEXT[base]
         projection = 77 * LABELS + 2 * d + d * d + d
-        values = 4 * sum(layer.inner_dim * d for layer in memory.unet_layers(base))  # type: ignore[arg-type]
+        values = 4 * sum(layer.inner_dim * d for layer in unet_layers(base))  # type: ignore[arg-type]
         assert found.trained == found.gradients == 4 * projection + values
         assert found.optimizer == 2 * found.trained
         assert found.average == 0
@@ -285,7 +289,10 @@ def test_estimates_are_ordered(small: None) -> None:
     assert memory.largest_batch(0.5, "sd15") == 0
 
 
-def test_table(small: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table(
+    small: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "SETTINGS", dict(list(memory.SETTINGS.items())[1:3]))
     memory.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + 2 * len(memory.SETTINGS)
@@ -299,6 +306,7 @@ def test_table(small: None, capsys: pytest.CaptureFixture[str]) -> None:
 MEASURE = """
 import sys
 import torch
+from vmix import unet_layers
 from vmix.train import memory
 from vmix.train.model import trained_parameters
 
@@ -344,6 +352,6 @@ def test_resident_memory(batch: int, checkpointing: bool) -> None:
         [sys.executable, "-c", MEASURE, str(batch), str(checkpointing)],
         env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    _, most = memory._step("sd15", "no", 64, checkpointing, 256, "cpu", batch)
+    most = max(memory._step("sd15", "no", 64, checkpointing, 256, "cpu", batch))
     # Convolutions reorder weights and need workspace: some 40 MB, whatever the batch.
     assert 0.95 * most <= int(done.stdout) <= 1.05 * most + 60e6

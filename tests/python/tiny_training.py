@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-TOKENS, SIDE = 16, 16
+TOKENS, SIDE = 77, 16
 LABELS = """
 [[label]]
 name = "vibrant color"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from tqdm.auto import tqdm
 
 from vmix.eval.errors import EvalError, PictureError
@@ -129,7 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         elif args.prompts is None:
             _page(args)
         else:
-            Evaluation(args, PartialState()).run()
+            cpu = bool(parse_flag_from_env("ACCELERATE_USE_CPU"))  # `accelerate launch --cpu`
+            Evaluation(args, PartialState(cpu)).run()
     except PictureError as error:
         raise SystemExit(f"vmix eval: {error}") from None
     except (EvalError, OSError) as error:  # the same in every process

@@ -157,7 +157,7 @@ class Checkpoints:
             state = json.loads((folder / STATE).read_text("utf-8"))
             self._compare(folder, state["settings"])
             self._load(folder, state)
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise TrainingError(f"{folder} cannot be read: {error}") from error
         self.saved = int(state["step"])
         return self.saved

@@ -97,13 +97,13 @@ def estimate(
     if not cached:
         vae, texts = _encoders(base)
         encoders = nbytes(vae) + sum(nbytes(text) // 4 * dtype.itemsize for text in texts)
-        (encoding,) = _continued(partial(_encoding, base, side), batch)
+        encoding = max(_continued(partial(_encoding, base, side), batch))
     states = {"adamw": _adamw, "adamw8bit": _adamw_8bit}[optimizer](own)
     step = partial(_step, base, precision, rank, checkpointing, side, attention)
-    kept, peak = _continued(step, batch)
+    kept, *moments = _continued(step, batch)
     # torch's AdamW computes all denominators at once.
     stepping = trained if optimizer == "adamw" else 0
-    transient = max(peak, encoding, stepping) - kept
+    transient = max(*moments, encoding, stepping) - kept
     counted = frozen + encoders + 2 * trained + states + trained * ema + kept + transient
     return Memory(
         frozen,
@@ -137,10 +137,10 @@ def _adamw_8bit(parameters: Sequence[Tensor]) -> int:
 
 
 def _continued(measure: Callable[[int], Sequence[int]], batch: int) -> list[int]:
-    """Counts at batches of 1 and 2 continued: all that is counted is a constant, or per image."""
-    one = measure(1)
-    two = one if batch == 1 else measure(2)
-    return [first + (batch - 1) * (second - first) for first, second in zip(one, two, strict=True)]
+    """Counts at batches of 2 and 3 continued: at any moment of a step, all that lives is a
+    constant, or per image. The fullest moment need not be the same for all batches."""
+    pairs = zip(measure(2), measure(3), strict=True)
+    return [second + (batch - 2) * (third - second) for second, third in pairs]
 
 
 # --- a step on the meta device ------------------------------------------------------------------
@@ -150,8 +150,8 @@ def _continued(measure: Callable[[int], Sequence[int]], batch: int) -> list[int]
 def _step(
     base: BaseName, precision: Precision, rank: int, checkpointing: bool, side: int,
     attention: str, batch: int,
-) -> tuple[int, int]:  # fmt: skip
-    """Bytes kept by the forward pass, and the most alive, beside weights and gradients."""
+) -> tuple[int, ...]:  # fmt: skip
+    """Bytes kept by the forward pass, then those alive at every moment of the step."""
     denoiser = _denoiser(base, precision, rank)
     unet, dtype = denoiser.unet, DTYPES[precision]
     kernels = partial(Kernels, attention, None if precision == "no" else dtype)
@@ -181,8 +181,9 @@ def _step(
 
 def measure(
     denoiser: nn.Module, inputs: Sequence[Any], around: AbstractContextManager[Any] | None = None
-) -> tuple[int, int]:
-    """Bytes that a forward pass leaves alive, and the most alive during it and a backward pass.
+) -> tuple[int, ...]:
+    """Bytes that a forward pass leaves alive, then those alive whenever something is made in it
+    and in the backward pass.
 
     Weights, gradients and inputs are not counted: they were there before. So it is in every step
     of the trainer but the first of those that are accumulated. `around` is for the forward pass.
@@ -197,7 +198,7 @@ def measure(
         loss = prediction.float().square().mean()
         kept = alive.now
         loss.backward()
-    return kept, alive.most
+    return (kept, *alive.moments)
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -205,7 +206,8 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, before: Iterable[Any] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.most = 0
+        self.now = 0
+        self.moments = [0]
         self._sizes: dict[int, int] = {}
         for tensor in tree_leaves(list(before)):
             if isinstance(tensor, Tensor):
@@ -223,7 +225,7 @@ class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key not in self._sizes:
             self._sizes[key] = storage.nbytes()
             self.now += storage.nbytes()
-            self.most = max(self.most, self.now)
+            self.moments.append(self.now)
             weakref.finalize(storage, self._freed, key).atexit = False
 
     def _freed(self, key: int) -> None:
@@ -349,12 +351,12 @@ def _encoders(base: BaseName) -> tuple[Any, tuple[Any, ...]]:
 
 
 @cache
-def _encoding(base: BaseName, side: int, batch: int) -> tuple[int]:
-    """The most alive while images become latents, which the trainer does in f32."""
+def _encoding(base: BaseName, side: int, batch: int) -> tuple[int, ...]:
+    """Bytes alive while images become latents, which the trainer does in f32."""
     vae, _ = _encoders(base)
     with torch.no_grad(), Kernels("cuda"), Alive([*vae.parameters()]) as alive:
         vae.encode(torch.empty(batch, 3, side, side, device="meta"))
-    return (alive.most,)
+    return tuple(alive.moments)
 
 
 # --- the table ----------------------------------------------------------------------------------
