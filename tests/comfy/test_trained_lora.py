@@ -33,13 +33,10 @@ def test_comfyui_takes_every_layer(
     trained = SimpleNamespace(unet=unet)
     export.save_lora(trained, tmp_path / "lora.safetensors", torch.float16, main=True)  # type: ignore[arg-type]
     lora = comfy.utils.load_torch_file(str(tmp_path / "lora.safetensors"))
-    names = comfy.utils.unet_to_diffusers({"in_channels": 4, **checkpoints.UNETS[base]})
-    keys = {
-        f"unet.{name.removesuffix('.weight')}": f"diffusion_model.{key}"
-        for name, key in names.items()
-        if name.endswith(".weight")
-    }
+    shape = SimpleNamespace(unet_config={"in_channels": 4, **checkpoints.UNETS[base]})
+    model = SimpleNamespace(model_config=shape, state_dict=dict)
+    keys = comfy.lora.model_lora_keys_unet(model, {})
     with caplog.at_level(logging.WARNING):
         patches = comfy.lora.load_lora(lora, keys)
     assert "not loaded" not in caplog.text
-    assert 2 * len(patches) == len(lora)
+    assert 3 * len(patches) == len(lora), "down, up and alpha"

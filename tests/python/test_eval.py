@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_training import tiny_pipeline
 from torch import nn
-from vmix import measures
+from vmix import Adapter, measures
 from vmix.aesthetic_predictor import AestheticPredictor
 from vmix.clip_model import Clip, WeightsError
 from vmix.diffusers import load_vmix, unload_vmix
@@ -107,6 +107,7 @@ rows:
   - {{name: λ = 0, adapter: {ADAPTER}, scale: 0}}
   - {{name: "words", template: "a red {{prompt}}"}}
   - {{name: VMix, adapter: {ADAPTER}, selection: {{vibrant color: 1}}, scale: 1.5}}
+  - {{name: preset, adapter: preset.safetensors, scale: 1.5}}
   - {{name: LoRA, lora: {LORA}, lora_scale: 0.5}}
   - {{name: FreeU, freeu: {{s1: 0.9, s2: 0.2, b1: 1.2, b2: 1.4}}}}
   - {{name: inversion, embedding: red.safetensors, token: <red>, template: "a <red> {{prompt}}"}}
@@ -128,6 +129,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = load_file(DEMO / "text_encoder" / "model.safetensors")
     words = next(v for name, v in table.items() if name.endswith("token_embedding.weight"))
     learned = {word: words[vocabulary[f"{word}</w>"]].clone() for word in ("a", "red")}
+    Adapter.open(ADAPTER).values({"vibrant color": 1.0}).save(folder / "preset.safetensors")
     save_file({"<red>": learned["red"]}, folder / "red.safetensors")
     save_file({"emb_params": torch.stack(list(learned.values()))}, folder / "two.safetensors")
     main(
@@ -171,6 +173,7 @@ def test_pictures_are_those_of_the_public_interface(compared: Path) -> None:
         np.testing.assert_array_equal(drawn(compared, row), base, err_msg=row)
     load_vmix(pipe, ADAPTER, {"vibrant color": 1}, 1.5)
     np.testing.assert_array_equal(drawn(compared, "VMix"), by_hand(pipe))
+    np.testing.assert_array_equal(drawn(compared, "preset"), drawn(compared, "VMix"))
     unload_vmix(pipe)
     pipe.enable_freeu(0.9, 0.2, 1.2, 1.4)
     np.testing.assert_array_equal(drawn(compared, "FreeU"), by_hand(pipe))
@@ -314,7 +317,7 @@ def test_sets_of_images_as_prompts(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"images without a caption.*y\.png"):
         read_prompts(tmp_path)
     (tmp_path / "empty.txt").write_text("\n\n")
-    for path, message in (("empty.txt", "expected a prompt on each line"), ("gone", "nothing is")):
+    for path, message in (("empty.txt", "expected a prompt on each line"), ("gone", "no such file")):
         with pytest.raises(Exception, match=message):
             read_prompts(tmp_path / path)
 

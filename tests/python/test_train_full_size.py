@@ -61,4 +61,4 @@ def test_two_steps_within_memory(tmp_path: Path) -> None:
     zero = np.from_dlpack(adapter.tensors()["projection.zero.weight"]).astype(np.float32)
     assert np.abs(zero).max() > 0, "nothing was learned"
     with safe_open(out / "vmix-lora.safetensors", framework="pt") as lora:
-        assert any(name.endswith("conv1.lora_A.weight") for name in lora.keys())  # noqa: SIM118
+        assert any(name.endswith("conv1.lora_down.weight") for name in lora.keys())  # noqa: SIM118

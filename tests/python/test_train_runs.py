@@ -39,9 +39,12 @@ from vmix.train.base import Base
 from vmix.train.checkpoint import Checkpoints
 from vmix.train.denoising import Denoising
 from vmix.train.errors import TrainingError
+from vmix.train.export import save_lora, save_presets
 from vmix.train.loop import Run, main
+from vmix.train.model import add_lora
 from vmix.train.options import parse_args
 from vmix.train.order import Order
+from vmix.train.single_file import CONFIGS
 
 COUNT, SIDE = 10, tiny.SIDE
 LATEST = "--resume_from_checkpoint=latest"
@@ -938,8 +941,6 @@ def test_adapter_and_presets(run: Run) -> None:
 
 
 def test_presets_whose_names_would_be_the_same(run: Run, tmp_path: Path) -> None:
-    from vmix.train.export import save_presets
-
     adapter = Adapter.open(run.args.output_dir / "demo.safetensors")
     labels = json.loads(adapter.metadata["vmix.labels"])
     for label, name in zip(labels, ("a/b", "a b"), strict=True):
@@ -959,11 +960,8 @@ def test_presets_whose_names_would_be_the_same(run: Run, tmp_path: Path) -> None
 def test_the_lora_in_diffusers(run: Run, base: Path) -> None:
     """The U-Net with the LoRA that was loaded predicts what the one that was trained does."""
     pipe = plain(base)
-    sample, timestep, context = (
-        torch.randn(2, 4, 8, 8),
-        torch.tensor([3, 700]),
-        torch.randn(2, 16, 32),
-    )
+    sample, timestep = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
+    context = torch.randn(2, tiny.TOKENS, 32)
     with torch.no_grad():
         before = pipe.unet(sample, timestep, context).sample
         pipe.load_lora_weights(run.args.output_dir, weight_name="demo-lora.safetensors")
@@ -971,6 +969,34 @@ def test_the_lora_in_diffusers(run: Run, base: Path) -> None:
         trained = run.denoiser.alone(lambda: run.base.unet(sample, timestep, context).sample)
     assert not torch.allclose(before, after, atol=1e-3)
     torch.testing.assert_close(after, trained, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_diffusers_takes_every_layer_of_the_lora(kind: str, tmp_path: Path) -> None:
+    """With the names of the real bases, narrow ones; ComfyUI's side is in tests/comfy."""
+    import diffusers
+
+    config = json.loads((CONFIGS / kind / "unet" / "config.json").read_text())
+    config["block_out_channels"] = [32] * len(config["block_out_channels"])
+    config["attention_head_dim"] = 4
+    made = diffusers.UNet2DConditionModel.from_config(config)
+    add_lora(made, 2)
+    trained = {name: tensor for name, tensor in made.named_parameters() if "lora" in name}
+    for tensor in trained.values():
+        torch.nn.init.normal_(tensor)
+    path = tmp_path / "lora.safetensors"
+    save_lora(SimpleNamespace(unet=made), path, torch.float32, main=True)  # type: ignore[arg-type]
+    pipeline: Any = {
+        "sd15": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline
+    }[kind]  # fmt: skip
+    fresh = diffusers.UNet2DConditionModel.from_config(config)
+    state, alphas, *_ = pipeline.lora_state_dict(str(path), unet_config=fresh.config)
+    pipeline.load_lora_into_unet(state, alphas, fresh, adapter_name="default")
+    loaded = {name: tensor for name, tensor in fresh.named_parameters() if "lora" in name}
+    assert loaded.keys() == trained.keys()
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in loaded.items())
+    assert fresh.peft_config["default"].lora_alpha == made.peft_config["default"].lora_alpha == 2
+    assert not fresh.peft_config["default"].alpha_pattern
 
 
 def test_the_model_card(run: Run) -> None:

@@ -1,16 +1,19 @@
-"""A tiny random pipeline, images for it, and processes that train on them together.
+"""A tiny random pipeline, images for it, and processes that train on them.
 
 Processes are forked from a server that has imported the trainer, so that each costs its steps only.
+They are on the CPU and speak gloo.
 """
 
 from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import socket
 import string
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +46,7 @@ _server.set_forkserver_preload(
 
 
 def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> Path:
+    multiprocessing.forkserver.ensure_running()  # which imports meanwhile
     import diffusers
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -71,7 +75,9 @@ def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> Path:
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
             attention_head_dim=4, cross_attention_dim=32,
         ),
-        scheduler=diffusers.DDIMScheduler(prediction_type=prediction_type),
+        scheduler=diffusers.DDIMScheduler(
+            prediction_type=prediction_type, steps_offset=1, clip_sample=False
+        ),
         safety_checker=None, feature_extractor=None, image_encoder=None,
         requires_safety_checker=False,
     )  # fmt: skip
@@ -85,9 +91,9 @@ def tiny_images(folder: Path, count: int) -> Path:
     lines = []
     for number in range(count):
         pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
         labels = {"vibrant color": number % 2, "sharp focus": int(number % 3 == 0)}
-        line = {"file_name": f"{number}.png", "text": f"a dog {number % 4}", "aesthetics": labels}
+        line = {"file_name": f"{number}.jpg", "text": f"a dog {number % 4}", "aesthetics": labels}
         lines.append(json.dumps(line) + "\n")
     (folder / "metadata.jsonl").write_text("".join(lines))
     return folder
@@ -116,11 +122,11 @@ def together(
     processes: int = 2,
     env: Mapping[str, str] | None = None,
     before: Callable[[int], object] | None = None,
-    timeout: float = 60,
+    timeout: float = 120,
 ) -> list[Ended]:
     """Run `vmix.train` in processes that know of each other; one that hangs is an error.
 
-    `before(rank)` is called in each of them first.
+    `before(rank)` is called in each of them first; what they say is kept in the folder.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -128,24 +134,24 @@ def together(
     folder.mkdir(parents=True, exist_ok=True)
     running = []
     for rank in range(processes):
-        world = {
-            "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
-            "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-            "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true",
-        }  # fmt: skip
-        alone = {"OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true"}
-        variables = {k: str(v) for k, v in (world if processes > 1 else alone).items()}
-        process = _server.Process(
-            target=_train, args=(argv, {**variables, **(env or {})}, folder / f"{rank}", before)
-        )
+        variables = {"OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true"}
+        if processes > 1:
+            variables |= {
+                "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
+                "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+                "GLOO_SOCKET_IFNAME": "lo",
+            }  # fmt: skip
+        given = {**{key: str(value) for key, value in variables.items()}, **(env or {})}
+        process = _server.Process(target=_train, args=(argv, given, folder / str(rank), before))
         process.start()
         running.append(process)
+    until = time.monotonic() + timeout
     try:
         for process in running:
-            process.join(timeout)
+            process.join(max(0, until - time.monotonic()))
         hung = [rank for rank, process in enumerate(running) if process.exitcode is None]
-        said = "".join((folder / f"{rank}.err").read_text() for rank in range(processes))
-        assert not hung, f"processes {hung} hang after {timeout} s: {said}"
+        said = [folder / f"{rank}.err" for rank in range(processes)]
+        assert not hung, f"processes {hung} hang after {timeout} s: {[f.read_text() for f in said]}"
     finally:
         for process in running:
             process.kill()
@@ -161,7 +167,7 @@ def _train(
     for number, stream in ((1, "out"), (2, "err")):
         file = os.open(said.with_suffix(f".{stream}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, number)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.environ.update(env)
     torch.set_num_threads(1)
     from vmix.train.loop import main
@@ -169,6 +175,30 @@ def _train(
     if before is not None:
         before(int(env.get("RANK", 0)))
     main(argv)
+
+
+def launched(config: Path, *more: str) -> dict[str, str]:
+    """The variables that `accelerate launch --config_file` sets, here for `as_on_gpus`."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+    given = ["--config_file", str(config), *more, "-m", "vmix.train"]
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(given))
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+        env = prepare_deepspeed_cmd_env(args)[1]
+    else:
+        env = prepare_multi_gpu_env(args)
+    kept = {k: v for k, v in env.items() if k.startswith(("ACCELERATE_", "FSDP_"))}
+    return {**kept, "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
+
+
+def as_on_gpus(_rank: int) -> None:
+    """accelerate knows FSDP and DeepSpeed on GPUs only: it takes the CPUs for such."""
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
 
 
 def losses(out: Path) -> list[float]:

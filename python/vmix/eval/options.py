@@ -11,8 +11,6 @@ from vmix.eval.errors import complain
 from vmix.eval.pipelines import DTYPES
 from vmix.eval.weights import FOLDER, METRICS
 
-POLICIES = ("cond", "both", "contrast")
-
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(

@@ -32,6 +32,8 @@ def read_prompts(path: Path) -> PromptSet:
         return _of_mjhq(path)
     if path.is_file() and path.suffix != ".tar":
         return PromptSet(_lines(path), ())
+    if not path.exists() and path.suffix != ".tar":
+        raise EvalError(f"--prompts {path}: no such file or folder")
     examples = read_references(path)
     without = [e.key for e in examples if not e.caption]
     complain(f"{path}: images without a caption, which would be the prompt", without)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,9 @@ from vmix.eval.prompts import PromptSet, read_prompts, read_references
 from vmix.eval.results import FEW, results, text
 from vmix.eval.rows import Comparison, rows_of_file, rows_of_flags, sweeps
 from vmix.eval.weights import find_weights, is_standard
+
+PATIENCE = timedelta(days=30)
+"""For the slowest process; the usual ten minutes are less than one GPU may be behind another."""
 
 
 class Evaluation:
@@ -48,7 +52,6 @@ class Evaluation:
         self.state.wait_for_everyone()
         if self.state.is_main_process:
             self._measure()
-        self.state.wait_for_everyone()
 
     def _draw(self) -> None:
         gallery, rows = self.gallery, self.comparison.rows
@@ -131,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             _page(args)
         else:
             cpu = bool(parse_flag_from_env("ACCELERATE_USE_CPU"))  # `accelerate launch --cpu`
-            Evaluation(args, PartialState(cpu)).run()
+            Evaluation(args, PartialState(cpu, timeout=PATIENCE)).run()
     except PictureError as error:
         raise SystemExit(f"vmix eval: {error}") from None
     except (EvalError, OSError) as error:  # the same in every process

@@ -18,6 +18,7 @@ from vmix.train.errors import TrainingError, sentence
 from vmix.train.objective import (
     Batch,
     Chances,
+    end_workers,
     leave_signals,
     step_size,
     target_of,
@@ -73,18 +74,21 @@ class Denoising:
         todo = [index for index in own if self.keys[index] not in self.latents]
         for part in bar(in_parts(todo, PART), desc="Latents"):
             entries: dict[str, dict[str, Tensor]] = {}
-            loader = torch.utils.data.DataLoader(
+            images = torch.utils.data.DataLoader(
                 _Pixels([(i, self.images[i].example, self.shapes[i]) for i in part]),
                 None,
                 num_workers=self.args.dataloader_num_workers,
                 worker_init_fn=leave_signals,
             )
+            loader = iter(images)
             try:
                 for index, pixels, sizes in loader:
                     moments = self.base.moments(pixels[None])[0]
                     entries[self.keys[index]] = {"moments": moments, "sizes": sizes}
             except (TrainingError, RuntimeError) as error:
                 raise TrainingError(f"--cache_latents: {sentence(error)}") from error
+            finally:
+                end_workers(loader)
             self.latents.put(entries)
         together()
         self.texts.refresh()

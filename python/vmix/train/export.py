@@ -75,12 +75,17 @@ def save_presets(adapter: Adapter, folder: Path, dtype: torch.dtype) -> dict[str
 
 
 def save_lora(base: Base, path: Path, dtype: torch.dtype, main: bool) -> None:
-    """As diffusers writes them, which ComfyUI reads too."""
-    from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+    """Under kohya's names, which diffusers and ComfyUI both read in full: of diffusers' own, either
+    leaves attention layers out where there are others beside them."""
+    from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
     from peft import get_peft_model_state_dict
 
-    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(base.unet))
-    layers = {f"unet.{name}": gathered(t).to(dtype).cpu().contiguous() for name, t in state.items()}
+    trained = get_peft_model_state_dict(base.unet)
+    state = {f"unet.{name}": gathered(tensor) for name, tensor in trained.items()}
+    layers = {
+        name: tensor.to(dtype).cpu().contiguous()
+        for name, tensor in convert_state_dict_to_kohya(state).items()
+    }
     if main:
         part = path.with_suffix(".part")
         try:

@@ -22,10 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
 from safetensors import SafetensorError
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from tqdm.auto import tqdm
 
 from vmix import Adapter, VMixError, init_adapter, read_label_list
@@ -44,7 +43,7 @@ from vmix.train.errors import (
     sentence,
 )
 from vmix.train.model import Denoiser, ValueBranch, add_lora, trained_parameters
-from vmix.train.objective import Objective, collate, leave_signals, step_size
+from vmix.train.objective import Objective, collate, end_workers, leave_signals, step_size
 from vmix.train.options import check_args, parse_args, read_lines, settings
 from vmix.train.order import OwnBatches
 
@@ -70,9 +69,6 @@ class Run:
                 project_config=ProjectConfiguration(
                     str(args.output_dir), str(args.output_dir / "logs")
                 ),
-                # Buffers never change: one collective less, which could wait for a process in
-                # trouble.
-                kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
             )
         except ValueError as error:  # a precision the device has not, a tracker nobody knows
             raise TrainingError(str(error)) from error
@@ -129,7 +125,14 @@ class Run:
         self.model, self.optimizer, self.schedule = accelerator.prepare(
             denoiser, *self._optimizer(denoiser)
         )
-        register_fsdp_forward_method(self.model, "alone")
+        if isinstance(self.model, torch.nn.parallel.DistributedDataParallel):
+            # They never change: one collective less, which could wait for a process in trouble.
+            self.model.broadcast_buffers = False
+        self.fsdp = accelerator.distributed_type == DistributedType.FSDP
+        if self.fsdp:
+            from torch.distributed.fsdp import register_fsdp_forward_method
+
+            register_fsdp_forward_method(self.model, "alone")
         self.average: Any = None
         if args.use_ema:
             from diffusers.training_utils import EMAModel
@@ -248,9 +251,9 @@ class Run:
             disable=not accelerator.is_local_main_process,
         )
         average, started = math.nan, time.monotonic()
-        if self.done == 0:
-            self.validate()
         try:
+            if self.done == 0:
+                self.validate()
             while self.done < args.max_train_steps:
                 losses = []
                 for _ in range(accumulation):
@@ -286,6 +289,7 @@ class Run:
                         self.validate()
         finally:
             progress.close()
+            end_workers(loader)
         self.validate()
 
     def _next(self, loader: Iterator[Any], asked: Sequence[int]) -> Any:
@@ -351,12 +355,11 @@ class Run:
         self._agree(self.trouble)
 
     def _draw(self, pictures: validation.Validation) -> None:
-        everyone = self.accelerator.distributed_type == DistributedType.FSDP
         with self._averaged():
             adapter = self.adapter(self.done) if self.branch is not None else None
-            if self.accelerator.is_main_process or everyone:
+            if self.accelerator.is_main_process or self.fsdp:
                 image = self.denoiser.alone(lambda: pictures.grid(adapter))
-                if isinstance(self.model, FSDPModule):
+                if self.fsdp:
                     self.model.reshard()  # which it does after a backward only
                 if self.accelerator.is_main_process:
                     try:

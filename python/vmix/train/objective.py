@@ -104,3 +104,10 @@ def leave_signals(_worker: int = 0) -> None:
     """For workers: Ctrl-C reaches them too, but whether to stop is the process's own to say."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers(loader: Any) -> None:
+    """Of a loader's iterator, however its use ends: they leave SIGTERM, which else ends them."""
+    shutdown = getattr(loader, "_shutdown_workers", None)  # there is no public name for it
+    if shutdown is not None:
+        shutdown()
