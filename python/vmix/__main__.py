@@ -1,5 +1,7 @@
 """The command `vmix`, also as `python -m vmix`."""
 
+import contextlib
+import os
 import signal
 import sys
 from importlib import import_module
@@ -23,16 +25,18 @@ def main() -> None:
         except ModuleNotFoundError as error:
             if error.name and error.name.startswith("vmix"):
                 raise
-            sys.exit(f"vmix {name} needs {error.name}: pip install 'vmix-adapter[train]'")
+            extra = "eval" if name == "eval" else "train"
+            sys.exit(f"vmix {name} needs {error.name}: pip install 'vmix-adapter[{extra}]'")
         sys.argv = [f"vmix {name}", *arguments[1:]]
         command.main()
         return
     # Python would note Ctrl-C and wait for the native code to return.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     status = run_command(["vmix", *arguments])
-    if arguments in ([], ["-h"], ["--help"]):
+    if (arguments, status) in (([], 2), (["-h"], 0), (["--help"], 0)):
         listing = "\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items())
-        print(f"\nWritten in Python:\n{listing}", file=sys.stderr if status else sys.stdout)
+        with contextlib.suppress(OSError):  # whoever reads no further has read enough
+            os.write(2 if status else 1, f"\nWritten in Python:\n{listing}\n".encode())
     sys.exit(status)
 
 

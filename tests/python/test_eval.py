@@ -317,9 +317,12 @@ def test_sets_of_images_as_prompts(tmp_path: Path) -> None:
     with pytest.raises(Exception, match=r"images without a caption.*y\.png"):
         read_prompts(tmp_path)
     (tmp_path / "empty.txt").write_text("\n\n")
-    for path, message in (("empty.txt", "expected a prompt on each line"), ("gone", "no such file")):
+    for name, message in (
+        ("empty.txt", "expected a prompt on each line"),
+        ("gone", "no such file"),
+    ):
         with pytest.raises(Exception, match=message):
-            read_prompts(tmp_path / path)
+            read_prompts(tmp_path / name)
 
 
 def test_a_prompt_has_a_colour_if_it_names_one() -> None:
@@ -437,6 +440,21 @@ def test_a_killed_run_goes_on_to_the_same_bits(tiny: Path, prompts: Path, tmp_pa
     run(*options)
     whole = run(tiny, prompts, tmp_path / "whole", "--freeu")
     assert files(tmp_path / "killed") == files(whole)
+
+
+def test_ctrl_c(tiny: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        real(source, target)
+        if target.name == "000002.png":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(SystemExit) as ended:
+        run(tiny, prompts, tmp_path / "out")
+    assert ended.value.code == 130
+    assert len(files(tmp_path / "out")) == 3
 
 
 @pytest.mark.slow

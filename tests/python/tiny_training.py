@@ -35,14 +35,13 @@ name = "sharp focus"
 positive = "sharp focus"
 negative = "xv"
 """
+PRELOADED = [
+    "vmix.train.loop", "vmix.train.teachers", "peft",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "diffusers.training_utils", "torch.distributed.fsdp", "torch.distributed.tensor",
+]  # fmt: skip
 _server: Any = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
-    [
-        "vmix.train.loop", "vmix.train.teachers", "peft", "tiny_training",
-        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-        "diffusers.training_utils", "torch.distributed.fsdp", "torch.distributed.tensor",
-    ]
-)  # fmt: skip
+_server.set_forkserver_preload(PRELOADED)
 
 
 def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> Path:

@@ -100,7 +100,7 @@ def _trained(group: Any) -> None:
            "writes a diffusers folder.")  # fmt: skip
     add("--apply_to", choices=UNCONDITIONAL, help="What the unconditional pass of guidance will "
         "see; cond, and both for LoRAs, which act in both, unless given. With cond, a dropped "
-        "caption drops the values; with both and contrast, its image keeps its labels.")  # fmt: skip
+        "caption drops the values; with both and contrast its image keeps its labels.")  # fmt: skip
     add("--text_dropout", type=float, default=0.1, help="Share of captions dropped for guidance.")
     add("--label_dropout", type=float, default=0.0, help="Share of labels made unknown.")
     switch("--use_ema", help="Write a running average of the weights.")
