@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def inputs(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
     )
 
 
-def step(checkpointing: bool = False, batch: int = 2) -> tuple[int, ...]:
+def step(checkpointing: bool = False, batch: int = 2) -> memory.Counts:
     return memory._step("sd15", "no", RANK, checkpointing, SIDE, "cpu", batch)
 
 
@@ -111,7 +112,7 @@ def test_meta_is_the_cpu(checkpointing: bool, small: None) -> None:
     model = on_cpu()
     if checkpointing:
         model.unet.enable_gradient_checkpointing()
-    assert memory.measure(model, inputs(2)) == step(checkpointing)
+    assert np.array_equal(memory.measure(model, inputs(2)), step(checkpointing))
 
 
 def test_kept_is_what_autograd_saves(small: None) -> None:
@@ -159,7 +160,7 @@ def test_counts_continue(small: None) -> None:
     """Other batches are what those of 2 and 3 say, at every moment."""
     for checkpointing in (False, True):
         counts = partial(step, checkpointing)
-        assert tuple(memory._continued(counts, 5)) == counts(5)
+        assert np.array_equal(memory._continued(counts, 5), counts(5))
         # For one image some copies are views, and moments fewer.
         found, exact = memory._continued(counts, 1), counts(1)
         assert found[0] == pytest.approx(exact[0], rel=0.01)
@@ -237,8 +238,8 @@ def test_published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "unet_layers", unet_layers)
     for name in ("_denoiser", "_encoders"):
         monkeypatch.setattr(memory, name, cache(getattr(memory, name).__wrapped__))
-    monkeypatch.setattr(memory, "_step", lambda *_: (0, 0))
-    monkeypatch.setattr(memory, "_encoding", lambda *_: (0,))
+    monkeypatch.setattr(memory, "_step", lambda *_: np.zeros(2))
+    monkeypatch.setattr(memory, "_encoding", lambda *_: np.zeros(1))
     vae = 83_653_863
     for base, unet, texts in (
         ("sd15", 859_520_964, 123_060_480),

@@ -17,14 +17,16 @@ import json
 import signal
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +37,7 @@ from vmix import read_label_list, unet_layers
 from vmix.train.model import Denoiser, ValueBranch, add_lora, trained_parameters
 from vmix.train.single_file import CONFIGS
 
+Counts = NDArray[np.int64]
 BaseName = Literal["sd15", "sdxl"]
 Precision = Literal["no", "fp16", "bf16"]
 Optimizer = Literal["adamw", "adamw8bit"]
@@ -98,13 +101,14 @@ def estimate(
     if not cached:
         vae, texts = _encoders(base)
         encoders = nbytes(vae) + sum(nbytes(text) // 4 * dtype.itemsize for text in texts)
-        encoding = max(_continued(partial(_encoding, base, side), batch))
+        encoding = int(_continued(partial(_encoding, base, side), batch).max())
     states = {"adamw": _adamw, "adamw8bit": _adamw_8bit}[optimizer](own)
     step = partial(_step, base, precision, rank, checkpointing, side, attention)
-    kept, *moments = _continued(step, batch)
+    counts = _continued(step, batch)
+    kept, peak = int(counts[0]), int(counts[1:].max())
     # torch's AdamW computes all denominators at once.
     stepping = trained if optimizer == "adamw" else 0
-    transient = max(*moments, encoding, stepping) - kept
+    transient = max(peak, encoding, stepping) - kept
     counted = frozen + encoders + 2 * trained + states + trained * ema + kept + transient
     return Memory(
         frozen,
@@ -137,11 +141,11 @@ def _adamw_8bit(parameters: Sequence[Tensor]) -> int:
     )
 
 
-def _continued(measure: Callable[[int], Sequence[int]], batch: int) -> list[int]:
+def _continued(measure: Callable[[int], Counts], batch: int) -> Counts:
     """Counts at batches of 2 and 3 continued: at any moment of a step, all that lives is a
     constant, or per image. The fullest moment need not be the same for all batches."""
-    pairs = zip(measure(2), measure(3), strict=True)
-    return [second + (batch - 2) * (third - second) for second, third in pairs]
+    two, three = measure(2), measure(3)
+    return two + (batch - 2) * (three - two)
 
 
 # --- a step on the meta device ------------------------------------------------------------------
@@ -151,7 +155,7 @@ def _continued(measure: Callable[[int], Sequence[int]], batch: int) -> list[int]
 def _step(
     base: BaseName, precision: Precision, rank: int, checkpointing: bool, side: int,
     attention: str, batch: int,
-) -> tuple[int, ...]:  # fmt: skip
+) -> Counts:  # fmt: skip
     """Bytes kept by the forward pass, then those alive at every moment of the step."""
     denoiser = _denoiser(base, precision, rank)
     unet, dtype = denoiser.unet, DTYPES[precision]
@@ -182,7 +186,7 @@ def _step(
 
 def measure(
     denoiser: nn.Module, inputs: Sequence[Any], around: AbstractContextManager[Any] | None = None
-) -> tuple[int, ...]:
+) -> Counts:
     """Bytes that a forward pass leaves alive, then those alive whenever something is made in it
     and in the backward pass.
 
@@ -199,7 +203,7 @@ def measure(
         loss = prediction.float().square().mean()
         kept = alive.now
         loss.backward()
-    return (kept, *alive.moments)
+    return np.array([kept, *alive.moments])
 
 
 class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -352,12 +356,12 @@ def _encoders(base: BaseName) -> tuple[Any, tuple[Any, ...]]:
 
 
 @cache
-def _encoding(base: BaseName, side: int, batch: int) -> tuple[int, ...]:
+def _encoding(base: BaseName, side: int, batch: int) -> Counts:
     """Bytes alive while images become latents, which the trainer does in f32."""
     vae, _ = _encoders(base)
     with torch.no_grad(), Kernels("cuda"), Alive([*vae.parameters()]) as alive:
         vae.encode(torch.empty(batch, 3, side, side, device="meta"))
-    return tuple(alive.moments)
+    return np.array(alive.moments)
 
 
 # --- the table ----------------------------------------------------------------------------------
@@ -387,26 +391,20 @@ def largest_batch(gib: float, base: BaseName, **settings: Any) -> int:
     )
 
 
-def rows() -> Iterator[list[str]]:
-    yield ["Base", "Settings", "one image", "each more", *(f"{size} GB" for size in SIZES)]
+def main() -> None:
+    def print_row(*cells: str) -> None:
+        print("|", " | ".join(cells), "|", flush=True)
+
+    header = ("Base", "Settings", "one image", "each more", *(f"{size} GB" for size in SIZES))
+    print_row(*header)
+    print_row(*("---" for _ in header))
     names: dict[BaseName, str] = {"sd15": "SD1.5, 512", "sdxl": "SDXL, 1024"}
     for base, name in names.items():
         for title, settings in SETTINGS.items():
             one, two, three = (estimate(base, batch=b, **settings).total / GIB for b in (1, 2, 3))
             batches = (largest_batch(size, base, **settings) for size in SIZES)
-            yield [
-                name,
-                title,
-                f"{one:.1f}",
-                f"{three - two:.2f}",
-                *(str(b or "-") for b in batches),
-            ]
-
-
-def main() -> None:
-    header, *body = rows()
-    for row in (header, ["---"] * len(header), *body):
-        print("|", " | ".join(row), "|", flush=True)
+            fits = (str(batch or "-") for batch in batches)
+            print_row(name, title, f"{one:.1f}", f"{three - two:.2f}", *fits)
 
 
 if __name__ == "__main__":
