@@ -283,9 +283,9 @@ def test_ctrl_c(base: Path, images: Path, tmp_path: Path) -> None:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        wait_for(lambda: steps(out) >= 4, lambda: command.poll() is None, 120)
+        wait_for(lambda: steps(out) >= 4, lambda: command.poll() is None, 300)
         os.killpg(command.pid, signal.SIGINT)
-        said, errors = command.communicate(timeout=60)
+        said, errors = command.communicate(timeout=180)
     finally:
         command.kill()
     done = steps(out)
