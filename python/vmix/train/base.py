@@ -30,7 +30,7 @@ class Base:
         if not Path(path).exists():  # a repository of the hub
             try:
                 path = diffusers.DiffusionPipeline.download(path)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 raise TrainingError(f"{path}: {error}") from error
         self.pipe: Any = load_pipeline(path, prediction_type=prediction_type)
         self.pipe.set_progress_bar_config(disable=True)
