@@ -32,10 +32,13 @@ pub struct Values {
 ///
 /// # Safety
 /// `repr(C)`, without padding, and all bytes are valid.
-pub unsafe trait Struct: Copy {}
+pub unsafe trait Struct: Copy {
+    /// What has been appended since ABI 1.0, in bytes: older callers do not have it.
+    const APPENDED: usize;
+}
 
 macro_rules! structs {
-    ($(pub struct $name:ident { $(pub $field:ident: $type:ty,)* })*) => {$(
+    ($(pub struct $name:ident $(appended $appended:literal)? { $(pub $field:ident: $type:ty,)* })*) => {$(
         #[repr(C)]
         #[derive(Clone, Copy, Debug)]
         pub struct $name {
@@ -43,7 +46,9 @@ macro_rules! structs {
         }
 
         // SAFETY: numbers and raw pointers, with all padding a field of its own.
-        unsafe impl Struct for $name {}
+        unsafe impl Struct for $name {
+            const APPENDED: usize = 0 $(+ $appended)?;
+        }
     )*};
 }
 
@@ -98,7 +103,7 @@ structs! {
         pub inner_dim: usize,
     }
 
-    pub struct ValuesParams {
+    pub struct ValuesParams appended 8 {
         pub struct_size: usize,
         pub weights: *const f32,
         pub weight_count: usize,
