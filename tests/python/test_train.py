@@ -556,6 +556,22 @@ def test_pixels_are_what_a_viewer_shows(tmp_path: Path) -> None:
     assert (clear == 1).all(), "transparent is white"
 
 
+def test_sizes_are_read_without_pixels(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lines = []
+    for name in ("turned.png", "turned.jpg", "turned.tiff"):
+        Image.new("RGB", (SIDE, 2 * SIDE)).save(tmp_path / name, exif=exif)
+        lines.append(json.dumps({"file_name": name, "text": "x"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    for name in ("turned.png", "turned.jpg"):  # pixels that cannot be read
+        data = (tmp_path / name).read_bytes()
+        start = data.index(b"IDAT" if name.endswith("png") else b"\xff\xda") + 4
+        (tmp_path / name).write_bytes(data[:start] + b"\xff" * len(data[start:]))
+    sizes = [image.size for image in usable_images(tmp_path, [], say=lambda _: None)]
+    assert sizes == [(SIDE, 2 * SIDE)] * 3, "as viewers show them"
+
+
 def test_captions_may_hold_any_character(data: Path) -> None:
     line = json.dumps(
         {"file_name": "6.png", "text": "one\u2028two", "aesthetics": {}}, ensure_ascii=False

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ import torch
 import vmix
 import webdataset
 import yaml
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_training import arguments, losses
@@ -579,6 +581,55 @@ def test_numbers_in_the_cache_that_are_none(
     assert finite(out / f"checkpoint-{step - 1}")
 
 
+# --- a full GPU, a folder in use -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["loss", "backward"])
+def test_memory_that_is_not_enough_for_a_step(
+    base: Path, images: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The state before it is written, and ends in the same bits with what is enough."""
+    calls: list[int] = []
+
+    def full(*_: Any) -> None:
+        calls.append(0)
+        if len(calls) == 5:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of "
+                "7.99 GiB of which 5.12 MiB is free. See documentation for Memory Management"
+            )
+
+    out = tmp_path / "out"
+    target: Any = Denoising if where == "loss" else Accelerator
+    with monkeypatch.context() as patch:
+        before_call(patch, target, where, full)
+        said = failed(base, images, out)
+    assert "step 5: CUDA out of memory. Tried to allocate 20.00 MiB. Less is needed with" in said
+    assert said.endswith(f"{out / 'checkpoint-4'} is where to resume")
+    train(base, images, out, LATEST)
+    assert_same(train(base, images, tmp_path / "whole"), out)
+
+
+def test_memory_that_is_not_enough_to_begin(
+    base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    before_call(monkeypatch, Base, "text", full)
+    assert "vmix.train: CUDA out of memory. Tried" in failed(base, images, tmp_path / "out")
+
+
+def test_a_folder_with_the_checkpoints_of_another_run(
+    base: Path, images: Path, tmp_path: Path
+) -> None:
+    out = train(base, images, tmp_path / "out", "--max_train_steps=3")
+    before = {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+    said = failed(base, images, out)
+    assert f"{out / 'checkpoint-3'} is an earlier run's: --resume_from_checkpoint latest" in said
+    assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
 # --- options -------------------------------------------------------------------------------------
 
 
@@ -765,8 +816,10 @@ def test_a_filled_cache_needs_no_encoders(
         second = train(base, copied, tmp_path / "second", cache)
     assert_same(first, second)
 
+    numbers = count()
+
     def encoded(where: Path = copied, start: Path = base) -> tuple[int, int]:
-        train(start, where, tmp_path / "again", cache, few)
+        train(start, where, tmp_path / f"again-{next(numbers)}", cache, few)
         return counted.since()
 
     path = tiny_image(copied, 3)
@@ -779,7 +832,7 @@ def test_a_filled_cache_needs_no_encoders(
     listing = copied / "metadata.jsonl"
     listing.write_text(listing.read_text().replace("a dog 2", "a fox"))
     assert encoded() == (0, 1), "a caption that changed"
-    train(base, copied, tmp_path / "again", cache, few, "--resolution=8")
+    train(base, copied, tmp_path / "shape", cache, few, "--resolution=8")
     assert counted.since() == (COUNT, 0), "another shape"
 
     moved = Path(shutil.copytree(base, tmp_path / "moved"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vmix.train.errors import TrainingError
 from vmix.train.single_file import load_pipeline
@@ -44,9 +44,11 @@ class Base:
             )
         self.device, self.dtype = device, dtype
         for module in (*self.encoders(), self.unet):  # its own config may ask for half precision
-            module.requires_grad_(False).eval().to(device, dtype)
+            # diffusers' own to() warns of modules that are none
+            nn.Module.to(module.requires_grad_(False).eval(), device, dtype)
         # float32 in any case: SDXL's overflows in half
-        self.pipe.vae.requires_grad_(False).eval().to(device, torch.float32)
+        nn.Module.to(self.pipe.vae.requires_grad_(False).eval(), device, torch.float32)
+        self.pipe.vae.enable_slicing()  # an image at a time is enough for a GPU, and less memory
         self.vae_scale = int(self.pipe.vae_scale_factor)
         self.resolution = int(self.unet.config.sample_size * self.vae_scale)
 

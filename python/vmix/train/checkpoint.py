@@ -8,6 +8,7 @@ step (order.py), so it needs no place in them. They are the same however the tra
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,11 +85,13 @@ class Checkpoints:
                 if averages:
                     save_file(averages, part / "average.safetensors")
                 (part / STATE).write_text(json.dumps(self._state(step), indent=1), "utf-8")
+                to_disk(*part.iterdir(), part)
                 old = folder.with_suffix(".old")
                 shutil.rmtree(old, ignore_errors=True)
                 if folder.exists():  # of an earlier run
                     folder.rename(old)
                 part.rename(folder)
+                to_disk(self.folder)
                 shutil.rmtree(old, ignore_errors=True)
                 if not doubtful:
                     self._forget(folder)
@@ -135,10 +138,10 @@ class Checkpoints:
                 shutil.rmtree(folder)
 
     def all(self) -> list[Path]:
-        return sorted(filter(step_of, self.folder.glob("checkpoint-*")), key=step_of)
+        return checkpoints(self.folder)
 
     def newest(self) -> Path | None:
-        return max(self.all(), key=step_of, default=None)
+        return newest(self.folder)
 
     def resume(self, wanted: str | None) -> int:
         """Load the checkpoint that was asked for; the number of steps that are done."""
@@ -213,6 +216,23 @@ class Checkpoints:
                 states[parameters[owner]][key] = like(tensor, parameters[owner])
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    return sorted(filter(step_of, folder.glob("checkpoint-*")), key=step_of)
+
+
+def newest(folder: Path) -> Path | None:
+    return max(checkpoints(folder), key=step_of, default=None)
+
+
+def refuse_earlier(folder: Path) -> None:
+    """A new run does not mix its checkpoints with those of another, nor write over its adapter."""
+    if (found := newest(folder)) is not None:
+        raise TrainingError(
+            f"{found} is an earlier run's: --resume_from_checkpoint latest goes on from there, "
+            "another --output_dir begins anew"
+        )
+
+
 def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     """The tensor where the parameter is, shared out as it is."""
     mesh = getattr(parameter, "device_mesh", None)
@@ -221,6 +241,18 @@ def like(tensor: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     return distribute_tensor(tensor.to(parameter.device), mesh, parameter.placements)  # type: ignore[attr-defined]
+
+
+def to_disk(*paths: Path) -> None:
+    """Waits until they are there, so that a power cut leaves what the names promise."""
+    if os.name != "posix":  # elsewhere folders cannot be opened
+        return
+    for path in paths:
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
 
 
 def step_of(checkpoint: Path) -> int:

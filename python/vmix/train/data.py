@@ -127,11 +127,22 @@ def _size(example: Example, verify: bool) -> Size | str:
             with example.open(limit) as image:
                 if verify:
                     image.load()
-                turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                return image.size if turned else (image.height, image.width)
+                return image.size if _turned(image) else (image.height, image.width)
         except UNREADABLE as failure:
             error = failure
     return f"not an image: {error}"
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether viewers show it with height and width exchanged."""
+    if image.format == "TIFF":  # which Pillow turns by itself, its size at once or not
+        return ImageOps.exif_transpose(image).size != image.size
+    if image.format == "PNG":  # of which getexif() decodes all pixels
+        exif = Image.Exif()
+        exif.load(image.info.get("exif", b""))
+    else:
+        exif = image.getexif()
+    return exif.get(0x0112, 1) in (5, 6, 7, 8)
 
 
 def buckets(resolution: int, step: int, max_aspect: float = MAX_ASPECT) -> list[Size]:

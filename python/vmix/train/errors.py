@@ -28,6 +28,10 @@ class DivergedError(TrainingError):
     """A loss or a gradient that is no number."""
 
 
+class OutOfMemoryError(TrainingError):
+    """The device's memory was not enough for a step, which has changed nothing."""
+
+
 class CheckpointError(TrainingError):
     """No checkpoint could be written."""
 
@@ -37,6 +41,16 @@ def complain(title: str, problems: Sequence[str], limit: int = 20) -> None:
     if problems:
         more = [f"… and {len(problems) - limit} more"] if len(problems) > limit else []
         raise TrainingError("\n  ".join([f"{title}:", *problems[:limit], *more]))
+
+
+def no_memory(error: Exception) -> str:
+    """What torch says of it in paragraphs, and what helps."""
+    first = re.split(r"(?<=\.)\s", str(error).strip(), maxsplit=2)[:2]
+    return (
+        f"{' '.join(first)} Less is needed with --gradient_checkpointing, --cache_latents, "
+        "--use_8bit_adam, or a smaller --train_batch_size, --rank or --resolution: "
+        "docs/training.md has a table"
+    )
 
 
 def sentence(error: Exception) -> str:

@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from vmix import Adapter, VMixError, init_adapter, read_label_list
 from vmix.train import export, validation
 from vmix.train.base import Base
-from vmix.train.checkpoint import Checkpoints
+from vmix.train.checkpoint import Checkpoints, refuse_earlier
 from vmix.train.data import usable_images
 from vmix.train.denoising import Denoising
 from vmix.train.distribution import fit_plugins
@@ -38,8 +38,10 @@ from vmix.train.errors import (
     CheckpointError,
     DivergedError,
     OtherError,
+    OutOfMemoryError,
     StoppedError,
     TrainingError,
+    no_memory,
     sentence,
 )
 from vmix.train.model import Denoiser, ValueBranch, add_lora, trained_parameters
@@ -56,6 +58,8 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         check_args(args)
+        if not args.resume_from_checkpoint:
+            refuse_earlier(args.output_dir)
         self.args = args
         self.prompts = list(args.validation_prompt or ())
         if args.validation_prompts:
@@ -218,7 +222,9 @@ class Run:
             except CheckpointError:
                 raise
             except (TrainingError, StoppedError, OSError, SafetensorError) as error:
-                if self.checkpoints.saved < self.done:
+                # With others in the middle of a step, which waits for this process, none can.
+                alone = self.world == 1 or not isinstance(error, OutOfMemoryError)
+                if self.checkpoints.saved < self.done and alone:
                     self.checkpoints.save(self.done, doubtful=isinstance(error, DivergedError))
                 newest = self.checkpoints.newest()
                 where = f"; {newest} is where to resume" if newest else ""
@@ -259,14 +265,16 @@ class Run:
                 for _ in range(accumulation):
                     batch = self._next(loader, asked)
                     with accelerator.accumulate(self.model):
-                        loss = self.objective.loss(self.model, batch)
+                        with self._enough_memory():
+                            loss = self.objective.loss(self.model, batch)
                         losses.append(loss.detach())
                         if accelerator.sync_gradients:  # DeepSpeed's backward is the step too
                             mean = torch.stack(losses).mean()
                             value = float(accelerator.reduce(mean, "mean"))
                             if not math.isfinite(value):
                                 raise DivergedError(f"step {self.done + 1}: the loss is {value}")
-                        accelerator.backward(loss)
+                        with self._enough_memory():
+                            accelerator.backward(loss)
                         if accelerator.sync_gradients:
                             self._clip()
                         self.optimizer.step()
@@ -314,6 +322,13 @@ class Run:
             raise OtherError("another process could not go on")
         if flags[1]:
             raise StoppedError(f"stopped after step {self.done}", int(flags[1]))
+
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"step {self.done + 1}: {no_memory(error)}") from error
 
     def _clip(self) -> None:
         parameters = list(trained_parameters(self.model).values())
@@ -488,6 +503,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         Run(parse_args(argv)).train()
     except (TrainingError, VMixError, OSError, SafetensorError) as error:
         raise SystemExit(f"vmix.train: {error}") from None
+    except torch.OutOfMemoryError as error:
+        raise SystemExit(f"vmix.train: {no_memory(error)}") from None
     except StoppedError as error:
         print(f"vmix.train: {error}", file=sys.stderr, flush=True)
         raise SystemExit(128 + error.number) from None

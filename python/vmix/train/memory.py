@@ -101,7 +101,7 @@ def estimate(
     if not cached:
         vae, texts = _encoders(base)
         encoders = nbytes(vae) + sum(nbytes(text) // 4 * dtype.itemsize for text in texts)
-        encoding = int(_continued(partial(_encoding, base, side), batch).max())
+        encoding = _encoding(base, side) + (batch - 1) * 3 * side * side * 4
     states = {"adamw": _adamw, "adamw8bit": _adamw_8bit}[optimizer](own)
     step = partial(_step, base, precision, rank, checkpointing, side, attention)
     counts = _continued(step, batch)
@@ -356,12 +356,13 @@ def _encoders(base: BaseName) -> tuple[Any, tuple[Any, ...]]:
 
 
 @cache
-def _encoding(base: BaseName, side: int, batch: int) -> Counts:
-    """Bytes alive while images become latents, which the trainer does in f32."""
+def _encoding(base: BaseName, side: int) -> int:
+    """The most bytes alive while an image becomes latents, which the trainer does in f32 and one by
+    one."""
     vae, _ = _encoders(base)
     with torch.no_grad(), Kernels("cuda"), Alive([*vae.parameters()]) as alive:
-        vae.encode(torch.empty(batch, 3, side, side, device="meta"))
-    return np.array(alive.moments)
+        vae.encode(torch.empty(1, 3, side, side, device="meta"))
+    return int(max(alive.moments))
 
 
 # --- the table ----------------------------------------------------------------------------------
