@@ -23,6 +23,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".avif")
@@ -31,6 +32,7 @@ UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.Decompressio
 WORDS: Mapping[str, float | None] = {"positive": 1.0, "negative": 0.0, "unknown": None}
 OVERLAY = "aesthetics.jsonl"
 AES = ".aes.json"
+FLOATS = "pixels are floating-point numbers; expected 8 or 16 bits"
 TEXT_LIMIT = 2**24
 """Bytes of a caption or of labels; what is longer is neither."""
 Labels = dict[str, float | None]
@@ -99,6 +101,19 @@ def read_dataset(path: str | Path) -> Dataset:
     if not examples and not problems:
         raise DatasetError(f"{path} has neither a metadata.jsonl, nor images, nor .tar shards")
     return Dataset(path, _overlaid(examples, folder / OVERLAY, problems), problems)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """RGB in 8 bits; what is transparent is white."""
+    if image.mode == "F":
+        raise ValueError(FLOATS)
+    if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow's own conversion takes 8
+        grey = np.asarray(image).clip(0, 65535)
+        image = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
+    if image.has_transparency_data:
+        paper = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(paper, image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def parse_labels(value: Any) -> Labels:

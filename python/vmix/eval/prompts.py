@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from vmix.dataset import DatasetError, Example, read_dataset
+from vmix.dataset import DatasetError, Example, on_white, read_dataset
 from vmix.eval.errors import EvalError, complain, one_line
 
 MJHQ = "meta_data.json"
@@ -57,11 +57,7 @@ def open_image(source: Example | Path) -> Image.Image:
     """As viewers show it, on white."""
     try:
         with Image.open(source) if isinstance(source, Path) else source.open() as file:
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data:
-                paper = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(paper, image.convert("RGBA"))
-            return image.convert("RGB")
+            return on_white(ImageOps.exif_transpose(file))
     except (OSError, ValueError, SyntaxError) as error:
         place = source if isinstance(source, Path) else source.key
         raise EvalError(f"{place} cannot be read as an image: {one_line(error)}") from error

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from vmix import measures
-from vmix.dataset import Example
+from vmix.dataset import Example, on_white
 
 SIDE = 512
 WIDEST = 2.0
@@ -95,10 +95,7 @@ def opened(data: bytes, least: int) -> Image.Image:
             file.draft(None, (2 * least, 2 * least))
             image = ImageOps.exif_transpose(file)
             image.load()
-        if image.has_transparency_data:
-            paper = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(paper, image.convert("RGBA"))
-        return image.convert("RGB")
+        return on_white(image)
     except Exception as error:  # decoders raise whatever a broken file leads them to
         raise ValueError(f"not an image: {error}") from error
 

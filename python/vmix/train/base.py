@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from vmix.train.errors import TrainingError
-from vmix.train.single_file import load_pipeline
+from vmix.train.single_file import is_of_hub, load_pipeline
+
+WINDOWS, WINDOW = 512, 2**14
+"""Of a file, that tell it from others: models differ in all of their layers, if they do."""
 
 
 class Base:
@@ -27,7 +31,7 @@ class Base:
     ) -> None:
         import diffusers
 
-        if not Path(path).exists():  # a repository of the hub
+        if is_of_hub(path):
             try:
                 path = diffusers.DiffusionPipeline.download(path)
             except (OSError, ValueError) as error:
@@ -109,6 +113,13 @@ class Base:
         deviation = torch.exp(0.5 * log_variance.clamp(-30, 20))
         return (mean + deviation * noise) * self.pipe.vae.config.scaling_factor  # type: ignore[no-any-return]
 
+    @torch.no_grad()
+    def pictures(self, latents: Tensor) -> list[Image.Image]:
+        """In f32, as the autoencoder is: not to be called under autocast."""
+        scaled = latents.float() / self.pipe.vae.config.scaling_factor
+        pixels = self.pipe.vae.decode(scaled.to(self.pipe.vae.device)).sample
+        return self.pipe.image_processor.postprocess(pixels)  # type: ignore[no-any-return]
+
     def conditions(self, pooled: Tensor, sizes: Tensor) -> dict[str, Tensor] | None:
         """SDXL's extra conditions: pooled text, and sizes [B, 6] (original, crop, target)."""
         return {"text_embeds": pooled, "time_ids": sizes.to(pooled)} if self.xl else None
@@ -131,7 +142,7 @@ class Base:
             size = file.stat().st_size
             digest.update(f"{file.name} {size}".encode())
             with file.open("rb") as opened:
-                for place in (0, size // 2, max(0, size - 2**20)):
-                    opened.seek(place)
-                    digest.update(opened.read(2**20))
+                for place in range(WINDOWS):
+                    opened.seek(max(0, size - WINDOW) * place // (WINDOWS - 1))
+                    digest.update(opened.read(WINDOW))
         return digest.hexdigest()[:16]

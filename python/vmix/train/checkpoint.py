@@ -108,7 +108,9 @@ class Checkpoints:
         self.saved = step
 
     def _state(self, step: int) -> dict[str, Any]:
-        scaler = self.accelerator.scaler
+        scaler: Any = self.accelerator.scaler
+        if self.deepspeed:
+            scaler = Zero(self.optimizer, {})
         return {
             "step": step,
             "settings": self.settings,
@@ -160,12 +162,25 @@ class Checkpoints:
             state = json.loads((folder / STATE).read_text("utf-8"))
             self._compare(folder, state["settings"])
             self._load(folder, state)
+            self._set_aside(int(state["step"]))
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise TrainingError(f"{folder} cannot be read: {error}") from error
         self.saved = int(state["step"])
         return self.saved
 
     def _compare(self, folder: Path, before: Mapping[str, Any]) -> None:
+        labels = (before.get("labels") or [], self.settings["labels"] or [])
+        if labels[0] != labels[1]:
+            names = (", ".join(label[0] for label in part) or "none" for part in labels)
+            raise TrainingError(
+                f"{folder} was made with other labels, or other texts or another order of them: "
+                f"{next(names)}; --labels has {next(names)}"
+            )
+        if self.settings["use_ema"] and not before["use_ema"]:
+            raise TrainingError(f"{folder} was made without --use_ema, it has no average")
+        if self.settings["use_8bit_adam"] != before["use_8bit_adam"]:
+            made = "with" if before["use_8bit_adam"] else "without"
+            raise TrainingError(f"{folder} was made {made} --use_8bit_adam, go on {made} it")
         changed = [
             f"{key} {before[key]} → {value}"
             for key, value in self.settings.items()
@@ -173,6 +188,18 @@ class Checkpoints:
         ]
         if changed:
             self.accelerator.print(f"{folder} was made with other settings: {'; '.join(changed)}")
+
+    def _set_aside(self, step: int) -> None:
+        """Later ones are of a course that this run leaves: "latest" is not to find them."""
+        later = [folder for folder in self.all() if step_of(folder) > step]
+        if later and self.accelerator.is_main_process:
+            for folder in later:
+                aside = folder.with_suffix(".abandoned")
+                shutil.rmtree(aside, ignore_errors=True)
+                folder.rename(aside)
+            names = ", ".join(folder.name for folder in later)
+            print(f"{names} in {self.folder}: renamed to .abandoned, this run goes another way")
+        self.accelerator.wait_for_everyone()
 
     def _load(self, folder: Path, state: Mapping[str, Any]) -> None:
         parameters = self.parameters()
@@ -202,8 +229,10 @@ class Checkpoints:
         scheduler._last_lr = [r * f for r, f in zip(scheduler.base_lrs, factors, strict=True)]
         for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
-        if state["scaler"] and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        scaler: Any = Zero(self.optimizer, {}) if self.deepspeed else self.accelerator.scaler
+        kept = state["scaler"] or {}
+        if self.deepspeed or (scaler is not None and "scale" in kept):  # each has its own
+            scaler.load_state_dict(kept)
 
     def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
         plain = isinstance(self.optimizer.optimizer, torch.optim.AdamW)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from vmix.dataset import UNREADABLE, DatasetError, Example, read_dataset
+from vmix.dataset import FLOATS, UNREADABLE, DatasetError, Example, on_white, read_dataset
 from vmix.train.errors import TrainingError, complain
 
 UNKNOWN = 0.5
@@ -127,6 +127,8 @@ def _size(example: Example, verify: bool) -> Size | str:
             with example.open(limit) as image:
                 if verify:
                     image.load()
+                if image.mode == "F":
+                    return FLOATS
                 return image.size if _turned(image) else (image.height, image.width)
         except UNREADABLE as failure:
             error = failure
@@ -167,12 +169,9 @@ def to_pixels(example: Example, shape: Size) -> tuple[Tensor, Tensor]:
     try:
         with example.open() as file:
             image = ImageOps.exif_transpose(file)  # as viewers show it
-            image.load()
+            image = on_white(image)
     except UNREADABLE as error:
         raise TrainingError(f"{example.key} cannot be read: {error}") from error
-    if image.has_transparency_data:
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    image = image.convert("RGB")
     original = (image.height, image.width)
     height, width = shape
     scale = max(height / image.height, width / image.width)

@@ -138,6 +138,10 @@ class Denoising:
         target = target_of(base, latents, noise, timesteps)
         return weighted_loss(base, prediction, target, timesteps, args.snr_gamma)
 
+    def contents(self) -> str:
+        named = (f"{i.example.key} {i.caption} {i.weights}" for i in self.images)
+        return f"{len(self.images)} images ({key_of(*named)[:8]})"
+
     def record(self) -> dict[str, Any]:
         return {
             "objective": "denoising",

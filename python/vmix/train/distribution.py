@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vmix.train.errors import TrainingError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 def fit_plugins(accelerator: Accelerator, args: argparse.Namespace) -> None:
@@ -114,6 +115,16 @@ class Zero:
             for name, parameter in members.items():
                 for key in MOMENTS:
                     safe_set_full_optimizer_state(parameter, moments[f"{name}/{key}"], key)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of what scales the loss in half precision."""
+        return {key: value for key, value in self._scale().items() if key in SCALE}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._scale().update({key: value for key, value in state.items() if key in self._scale()})
+
+    def _scale(self) -> dict[str, Any]:
+        return vars(getattr(self.zero, "loss_scaler", None) or argparse.Namespace())
 
     def _groups(self) -> Iterator[tuple[Tensor, dict[str, nn.Parameter]]]:
         """This process's flat part of every group, and the parameters that the group is made of."""

@@ -7,10 +7,12 @@ import re
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from vmix import Adapter
 from vmix.train.base import Base
@@ -28,10 +30,12 @@ def trained_adapter(
     trained: Mapping[str, Any],
     modelspec: Mapping[str, str | None],
     neutral: Mapping[str, float | None] | None = None,
+    exact: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Adapter:
     """What training made of an adapter so far, checked by the library that will read it.
 
-    `neutral` are the weights at which labels change nothing, where the objective knows them.
+    `neutral` are the weights at which labels change nothing, where the objective knows them;
+    `exact` what parameters of the model are in f32, where it has them in half.
     """
     labels = json.loads(branch.metadata["vmix.labels"])
     for label in labels:
@@ -44,7 +48,7 @@ def trained_adapter(
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         **{f"modelspec.{key}": value for key, value in modelspec.items() if value},
     }
-    return Adapter.from_tensors(branch.tensors(dtype), metadata)
+    return Adapter.from_tensors(branch.tensors(dtype, exact), metadata)
 
 
 def single(adapter: Adapter, name: str) -> dict[str, float]:
@@ -74,7 +78,13 @@ def save_presets(adapter: Adapter, folder: Path, dtype: torch.dtype) -> dict[str
     return paths
 
 
-def save_lora(base: Base, path: Path, dtype: torch.dtype, main: bool) -> None:
+def save_lora(
+    base: Base,
+    path: Path,
+    dtype: torch.dtype,
+    main: bool,
+    exact: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
     """Under kohya's names, which diffusers and ComfyUI both read in full: of diffusers' own, either
     leaves attention layers out where there are others beside them."""
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
@@ -82,6 +92,9 @@ def save_lora(base: Base, path: Path, dtype: torch.dtype, main: bool) -> None:
 
     trained = get_peft_model_state_dict(base.unet)
     state = {f"unet.{name}": gathered(tensor) for name, tensor in trained.items()}
+    for name, tensor in exact.items():
+        if (known := re.sub(r"(\.lora_[AB])\.default\.", r"\1.", name)) in state:
+            state[known] = tensor
     layers = {
         name: tensor.to(dtype).cpu().contiguous()
         for name, tensor in convert_state_dict_to_kohya(state).items()
@@ -96,12 +109,19 @@ def save_lora(base: Base, path: Path, dtype: torch.dtype, main: bool) -> None:
             part.unlink(missing_ok=True)
 
 
-def save_unet(base: Base, folder: Path, dtype: torch.dtype, main: bool) -> None:
+def save_unet(
+    base: Base,
+    folder: Path,
+    dtype: torch.dtype,
+    main: bool,
+    exact: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
     """A diffusers folder of the whole base, as it is after fine-tuning."""
     import copy
 
     tensors = base.unet.state_dict().items()
-    state = {name: gathered(t).to("cpu", dtype).contiguous() for name, t in tensors}
+    whole = {name: exact.get(f"unet.{name}", gathered(tensor)) for name, tensor in tensors}
+    state = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in whole.items()}
     if main:
         with torch.device("meta"):
             unet = type(base.unet).from_config(base.unet.config)

@@ -13,17 +13,23 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, set_seed
+from accelerate.utils import (
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    set_seed,
+)
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
@@ -33,7 +39,7 @@ from vmix.train.base import Base
 from vmix.train.checkpoint import Checkpoints, refuse_earlier
 from vmix.train.data import usable_images
 from vmix.train.denoising import Denoising
-from vmix.train.distribution import fit_plugins
+from vmix.train.distribution import Zero, fit_plugins
 from vmix.train.errors import (
     CheckpointError,
     DivergedError,
@@ -51,6 +57,7 @@ from vmix.train.order import OwnBatches
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 METRICS = "metrics.jsonl"
+T = TypeVar("T")
 
 
 class Run:
@@ -73,6 +80,8 @@ class Run:
                 project_config=ProjectConfiguration(
                     str(args.output_dir), str(args.output_dir / "logs")
                 ),
+                # The others wait while one draws pictures, which may take long.
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))],
             )
         except ValueError as error:  # a precision the device has not, a tracker nobody knows
             raise TrainingError(str(error)) from error
@@ -145,8 +154,11 @@ class Run:
             self.average = EMAModel(own, decay=args.ema_decay)
         self.checkpoints = Checkpoints(
             accelerator, self.model, self.optimizer, self.schedule, self.average,
-            args.output_dir, settings(args), args.checkpoints_total_limit,
+            args.output_dir, self._settings(), args.checkpoints_total_limit,
         )  # fmt: skip
+        self.validation = validation.Validation(base, self.prompts, args) if self.prompts else None
+        if self.validation is not None and args.full_finetune and args.resume_from_checkpoint:
+            self._alone(self.validation.begin)  # before the checkpoint makes another base of it
         self.done = self.checkpoints.resume(args.resume_from_checkpoint)
         try:
             self.objective.prepare(self.bar, self.rank, self.world, self._agree)
@@ -154,7 +166,6 @@ class Run:
             raise
         except (TrainingError, OSError, SafetensorError) as error:
             self._agree(error)
-        self.validation = validation.Validation(base, self.prompts, args) if self.prompts else None
         self.picture: Path | None = None
         if tracker:
             accelerator.init_trackers("vmix")
@@ -194,6 +205,21 @@ class Run:
         except ValueError as error:
             raise TrainingError(f"--lr_scheduler {args.lr_scheduler}: {error}") from error
         return optimizer, schedule
+
+    def _settings(self) -> dict[str, Any]:
+        """What checkpoints are compared by."""
+        labels = None
+        if self.branch is not None:
+            listed = json.loads(self.branch.metadata["vmix.labels"])
+            labels = [[label[key] for key in ("name", "positive", "negative")] for label in listed]
+        return {
+            **settings(self.args),
+            "base": self.base.fingerprint(unet=True),
+            "labels": labels,
+            "data": self.objective.contents(),
+            "examples a step": step_size(self.args, self.world),
+            "mixed_precision": self.accelerator.mixed_precision,
+        }
 
     def describe(self) -> None:
         args = self.args
@@ -332,7 +358,8 @@ class Run:
 
     def _clip(self) -> None:
         parameters = list(trained_parameters(self.model).values())
-        norm = self.accelerator.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        most = self.args.max_grad_norm or math.inf
+        norm = self.accelerator.clip_grad_norm_(parameters, most)
         if norm is None or self.accelerator.scaler is not None:  # half precision skips such steps
             return
         if not math.isfinite(float(norm)):
@@ -372,17 +399,23 @@ class Run:
     def _draw(self, pictures: validation.Validation) -> None:
         with self._averaged():
             adapter = self.adapter(self.done) if self.branch is not None else None
-            if self.accelerator.is_main_process or self.fsdp:
-                image = self.denoiser.alone(lambda: pictures.grid(adapter))
-                if self.fsdp:
-                    self.model.reshard()  # which it does after a backward only
-                if self.accelerator.is_main_process:
-                    try:
-                        folder = self.args.output_dir / "validation"
-                        self.picture = validation.save_grid(image, folder, self.done)
-                        validation.log_grid(self.accelerator.trackers, image, self.done)
-                    except OSError as error:
-                        self.trouble = TrainingError(f"validation at step {self.done}: {error}")
+            image = self._alone(lambda: pictures.grid(adapter))
+            if image is not None and self.accelerator.is_main_process:
+                try:
+                    folder = self.args.output_dir / "validation"
+                    self.picture = validation.save_grid(image, folder, self.done)
+                    validation.log_grid(self.accelerator.trackers, image, self.done)
+                except OSError as error:
+                    self.trouble = TrainingError(f"validation at step {self.done}: {error}")
+
+    def _alone(self, work: Callable[[], T]) -> T | None:
+        """What the U-Net makes without values, on the main process, or on all that share it out."""
+        if not self.accelerator.is_main_process and not self.fsdp:
+            return None
+        made = self.denoiser.alone(work)
+        if self.fsdp:
+            self.model.reshard()  # which it does after a backward only
+        return made
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -420,8 +453,20 @@ class Run:
         spec["title"] = spec["title"] or args.name
         neutral = getattr(self.objective, "neutral", None)
         return export.trained_adapter(
-            self.branch, export.DTYPES[args.dtype], args.apply_to, record, spec, neutral
+            self.branch,
+            export.DTYPES[args.dtype],
+            args.apply_to,
+            record,
+            spec,
+            neutral,
+            self._exact(),
         )
+
+    def _exact(self) -> Mapping[str, torch.Tensor]:
+        """What is trained, in f32, where it is not so in the model. All processes have to ask."""
+        if self.accelerator.distributed_type != DistributedType.DEEPSPEED or not self.done:
+            return {}
+        return Zero(self.optimizer, self.checkpoints.parameters()).weights()
 
     def finish(self) -> None:
         args, main = self.args, self.accelerator.is_main_process
@@ -430,12 +475,13 @@ class Run:
         with self._averaged():
             try:
                 adapter = self.adapter(self.done) if self.branch is not None else None
+                exact = self._exact()
                 if args.rank:
                     name = f"{args.name}-lora.safetensors"
-                    export.save_lora(self.base, args.output_dir / name, dtype, main)
+                    export.save_lora(self.base, args.output_dir / name, dtype, main, exact)
                     files[name] = "the LoRA trained beside it, which inference does not need"
                 if args.full_finetune:
-                    export.save_unet(self.base, args.output_dir / "model", dtype, main)
+                    export.save_unet(self.base, args.output_dir / "model", dtype, main, exact)
                 if adapter is not None and main:
                     adapter.save(args.output_dir / f"{args.name}.safetensors")
                     presets = export.save_presets(adapter, args.output_dir / "presets", dtype)

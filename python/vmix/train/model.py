@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -45,6 +46,8 @@ class ValueBranch(nn.Module):
         with torch.no_grad():
             for name, tensor in self._named().items():
                 tensor.copy_(from_dlpack(given[name]))
+        self._aes_emb = from_dlpack(given["aes_emb"]).float()
+        """For the file: DeepSpeed halves buffers."""
 
     def forward(self, labels: Tensor) -> list[Tensor]:
         """V_a [B, C, inner_dim] of every layer for label features f_t [B, N, d]."""
@@ -53,10 +56,19 @@ class ValueBranch(nn.Module):
         f_a = self.zero(self.norm(spread))
         return [to_v(f_a) for to_v in self.to_v_aes]
 
-    def tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """A copy of the tensors as they are now, under the names of docs/format.md."""
-        named = self._named().items()
-        return {name: gathered(t).to("cpu", dtype, copy=True) for name, t in named}
+    def tensors(
+        self, dtype: torch.dtype, exact: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> dict[str, Tensor]:
+        """A copy of the tensors as they are now, under the names of docs/format.md; of a parameter
+        that is in `exact`, under the Denoiser's name for it, what it is there."""
+        given = {id(p): exact.get(f"branch.{name}") for name, p in self.named_parameters()}
+        given[id(self.aes_emb)] = self._aes_emb
+        found = {}
+        for name, tensor in self._named().items():
+            better = given.get(id(tensor))
+            whole = gathered(tensor) if better is None else better
+            found[name] = whole.to("cpu", dtype, copy=True)
+        return found
 
     def _named(self) -> dict[str, Tensor]:
         named = {

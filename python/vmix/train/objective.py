@@ -30,6 +30,9 @@ class Objective(Protocol):
     def record(self) -> dict[str, Any]:
         """What the file's `vmix.trained` says of it."""
 
+    def contents(self) -> str:
+        """Of the data, in a few words that differ where these do."""
+
 
 @dataclass(frozen=True)
 class Chances:

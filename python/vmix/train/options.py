@@ -124,7 +124,7 @@ def _optimisation(group: Any) -> None:
     add("--adam_beta2", type=float, default=0.999)
     add("--adam_weight_decay", type=float, default=1e-2)
     add("--adam_epsilon", type=float, default=1e-8)
-    add("--max_grad_norm", type=float, default=1.0)
+    add("--max_grad_norm", type=float, default=1.0, help="0: gradients are not clipped.")
     add("--snr_gamma", type=float, help="Min-SNR weighting of the loss; 5 is usual.")
     add("--seed", type=int, default=0)
 
@@ -236,7 +236,7 @@ def read_yaml(path: Path) -> tuple[str, Any]:
 def read_lines(path: Path, option: str) -> list[str]:
     """Lines of a text file that are not empty."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").split("\n")]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise TrainingError(f"{option} {path}: {error}") from error
     if not any(lines):
@@ -264,6 +264,8 @@ def check_args(args: argparse.Namespace) -> None:
             problems.append(f"--objective {args.objective} trains the adapter")
         if args.apply_to == "contrast":
             problems.append(f"--objective {args.objective} trains for cond or both")
+        if args.label_dropout:
+            problems.append("--label_dropout is for images")
         if "{words}" not in args.teacher_template or "{prompt}" not in args.teacher_template:
             problems.append("--teacher_template needs {prompt} and {words}")
     for key in ("text_dropout", "label_dropout"):
@@ -282,7 +284,7 @@ def check_args(args: argparse.Namespace) -> None:
     ):
         if getattr(args, key) is not None and getattr(args, key) <= 0:
             problems.append(f"--{key} {getattr(args, key)} is not positive")
-    for key in ("rank", "seed", "lr_warmup_steps", "dataloader_num_workers"):
+    for key in ("rank", "seed", "lr_warmup_steps", "dataloader_num_workers", "max_grad_norm"):
         if getattr(args, key) < 0:
             problems.append(f"--{key} {getattr(args, key)} is negative")
     if Path(args.name).name != args.name:
@@ -307,5 +309,6 @@ def settings(args: argparse.Namespace) -> Mapping[str, Any]:
         *("lora_learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "snr_gamma"),
         *("adam_beta1", "adam_beta2", "adam_weight_decay", "adam_epsilon", "max_grad_norm"),
         *("use_ema", "ema_decay", "use_8bit_adam", "teacher_strength", "teacher_template"),
+        *("prediction_type", "samples_per_prompt", "sample_guidance", "sample_steps"),
     )
     return {key: getattr(args, key) for key in kept}

@@ -74,6 +74,13 @@ KINDS = {
 }
 
 
+def is_of_hub(path: str) -> bool:
+    """Whether it is the name of a repository, and of nothing that is there."""
+    place = Path(path)
+    named = re.fullmatch(r"\w[\w.-]*/[\w.-]+", path) and place.suffix not in (SAFE, *PICKLES)
+    return bool(named) and not place.exists()
+
+
 def load_pipeline(path: str, *, prediction_type: str | None = None) -> Any:
     """A StableDiffusionPipeline or StableDiffusionXLPipeline in f32, without a safety checker.
 
@@ -89,7 +96,6 @@ def load_pipeline(path: str, *, prediction_type: str | None = None) -> Any:
         raise TrainingError(f"prediction_type: expected {expected}, found {prediction_type!r}")
     changes: dict[str, Any] = {"prediction_type": prediction_type} if prediction_type else {}
     place = Path(path)
-    hub = place.suffix not in (SAFE, *PICKLES) and re.fullmatch(r"\w[\w.-]*/[\w.-]+", path)
     if place.is_file():
         shapes = _header(place)
         pipe = _of_file(place, shapes)
@@ -98,7 +104,7 @@ def load_pipeline(path: str, *, prediction_type: str | None = None) -> Any:
             # The class of SD1.5's scheduler has no such schedule.
             pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
             changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    elif place.is_dir() or hub:
+    elif place.is_dir() or is_of_hub(path):
         pipe = _of_folder(path)
     else:
         raise TrainingError(f"{path}: no such file or folder")

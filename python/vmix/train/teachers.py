@@ -40,7 +40,7 @@ from vmix.train.order import Order, generator
 
 _ACTIVE = (0.1, 0.5, 0.2, 0.2)
 """Shares of examples with no label, one, two and any number of them away from neutral."""
-_SAMPLES = 8  # made at a time
+_SAMPLES = 8  # made at a time, at most
 Drawn = tuple[int, float] | None
 """A label and its weight, 1 or 0."""
 WORDS = "{words}"
@@ -58,7 +58,7 @@ def told(prompt: str, words: str, template: str) -> str:
     """The prompt that the teacher is given."""
     if WORDS in prompt:
         return prompt.replace(WORDS, words)
-    return template.format(prompt=prompt, words=words) if prompt else words
+    return template.replace("{prompt}", prompt).replace(WORDS, words) if prompt else words
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,9 @@ def distillation(
 
 
 def _words(default: str, entry: Any) -> Words:
-    entry = {"positive": entry} if isinstance(entry, str) else entry or {}
-    positive, negative = entry.get("positive", default), entry.get("negative")
+    pair = {"positive": entry} if isinstance(entry, str) else entry or {}
+    words = pair if isinstance(pair, dict) else {"positive": None}
+    positive, negative = words.get("positive", default), words.get("negative")
     if not isinstance(positive, str) or not isinstance(negative, (str, type(None))):
         raise TrainingError(f"--teachers: expected words as positive and negative, found {entry}")
     return Words(positive, negative)
@@ -169,6 +170,7 @@ class Distillation:
         store_texts(base, self.texts, self.captions(), bar, rank, world)
         recipe = key_of(
             base.fingerprint(unet=True), args.seed, self.side,
+            base.scheduler.config.prediction_type, base.scheduler.config.rescale_betas_zero_snr,
             args.sample_guidance, args.sample_steps, *self.prompts, *self._means(),
         )  # fmt: skip
         self.samples = Store(args.cache_dir / f"samples-{recipe}")
@@ -176,8 +178,13 @@ class Distillation:
         drawn: dict[Drawn, list[int]] = {}
         for index in range(count):
             drawn.setdefault(self._drawn(index), []).append(index)
-        parts = [part for group in drawn.values() for part in in_parts(group, _SAMPLES)]
-        parts = [part for part in parts[rank::world] if str(part[0]) not in self.samples]
+        # A process's own are the same whatever the others have written by now.
+        todo = [
+            [i for i in group[rank::world] if str(i) not in self.samples]
+            for group in drawn.values()
+        ]
+        size = min(_SAMPLES, args.train_batch_size)
+        parts = [part for group in todo for part in in_parts(group, size)]
         for part in bar(parts, desc="The base's own pictures"):
             latents = self._draw(part)
             self.samples.put({str(i): {"latents": x} for i, x in zip(part, latents, strict=True)})
@@ -314,8 +321,13 @@ class Distillation:
             "prompts": len(self.prompts),
             "samples_per_prompt": args.samples_per_prompt,
             "sample_guidance": args.sample_guidance,
+            "sample_steps": args.sample_steps,
             "resolution": self.side,
+            **({"text_dropout": args.text_dropout} if args.apply_to == "both" else {}),
         }
+
+    def contents(self) -> str:
+        return f"{len(self.prompts)} prompts ({key_of(*self.prompts, *self._means())[:8]})"
 
 
 class TextPairs(Distillation):
@@ -340,12 +352,13 @@ class TextPairs(Distillation):
 
     @contextmanager
     def _as_taught(self, prompts: Sequence[str], drawn: Drawn) -> Iterator[list[str]]:
-        if drawn is None:
-            yield [bare(prompt) for prompt in prompts]
-            return
-        words = self.words[drawn[0]]
-        text = words.positive if drawn[1] or words.negative is None else words.negative
-        yield [self._told(prompt, text) for prompt in prompts]
+        texts = [bare(prompt) for prompt in prompts]
+        if drawn is not None:
+            words = self.words[drawn[0]]
+            text = words.positive if drawn[1] or words.negative is None else words.negative
+            texts = [self._told(prompt, text) for prompt in prompts]
+        with self.base.without_lora():  # a resumed run's is trained already
+            yield texts
 
     def _told(self, prompt: str, words: str) -> str:
         return told(prompt, words, self.args.teacher_template)
@@ -390,8 +403,8 @@ class TextPairs(Distillation):
             name: [words.positive, words.negative]
             for name, words in zip(self.labels, self.words, strict=True)
         }
-        more = {"pairs": pairs, "teacher_strength": self.args.teacher_strength}
-        return {**super().record(), **more}
+        more = {key: getattr(self.args, key) for key in ("teacher_strength", "teacher_template")}
+        return {**super().record(), "pairs": pairs, **more}
 
 
 class Loras(Distillation):
@@ -467,7 +480,9 @@ class Loras(Distillation):
         target = own.clone()
         for number, lora in enumerate(self.loras):
             column = weights[:, number]
-            rows = [r for r, w in enumerate(column.tolist()) if lora.scale(w) != 0]
+            # At its rest a LoRA's scale is 0, but for rounding.
+            rest = float("nan") if lora.neutral is None else float(self.rest[number])
+            rows = [r for r, w in enumerate(column.tolist()) if w != rest and lora.scale(w) != 0]
             # All rows of a batch that have the label have it at one weight, or at its rest.
             for weight in sorted({float(column[r]) for r in rows}):
                 same = [r for r in rows if float(column[r]) == weight]

@@ -27,14 +27,18 @@ class Validation:
         self.base, self.prompts, self.args = base, list(prompts), args
         self.without: list[Image.Image] | None = None
 
+    def begin(self) -> None:
+        """The base's pictures, where the U-Net will not be the base later."""
+        self.without = self.without or self._pictures(lora=False)
+
     def grid(self, adapter: Adapter | None) -> Image.Image:
         """One row a prompt. Without an adapter (a LoRA alone) the U-Net as it is."""
         base, args = self.base, self.args
         device = base.pipe.vae.device
         base.place_encoders(base.device)
         try:
-            self.without = self.without or self._pictures(lora=False)
-            columns = [("base", self.without)]
+            self.begin()
+            columns = [("base", self.without or [])]
             if adapter is None:
                 columns.append(("trained", self._pictures(lora=True)))
             else:
@@ -60,14 +64,16 @@ class Validation:
             for number, prompt in enumerate(self.prompts):
                 random = torch.Generator().manual_seed(args.seed + number)
                 with torch.autocast(base.device.type, base.dtype, base.dtype != torch.float32):
-                    pictures += base.pipe(
+                    latents = base.pipe(
                         prompt,
                         height=side,
                         width=side,
                         generator=random,
                         num_inference_steps=args.validation_inference_steps,
                         guidance_scale=args.validation_guidance,
+                        output_type="latent",
                     ).images
+                pictures += base.pictures(latents)
             return pictures
 
 
