@@ -17,7 +17,7 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 COMFY_VENV ?= target/comfy-venv/$(notdir $(COMFYUI_PATH))
 COMFY_PY := $(COMFY_VENV)/bin/python
 
-.PHONY: help setup test test-c test-full test-comfy fuzz lint demo demo-report bench bench-c \
+.PHONY: help setup test test-c test-full test-extras test-comfy fuzz lint demo demo-report bench bench-c \
 	bench-comfy bench-train headers wheel install requirements clean
 
 help: ## this list
@@ -52,6 +52,11 @@ test-full: test-c ## also the slow tests, and the wheel in an empty environment
 	cargo test --locked --workspace
 	$(PY) -m pytest -m '' tests/python tests/c tests/comfy
 	tests/wheel.sh
+
+test-extras: setup ## DeepSpeed and bitsandbytes, which are no requirements, in an environment of their own
+	.venv/bin/uv venv --quiet --allow-existing --python $(PYTHON) target/extras
+	.venv/bin/uv pip install --quiet --python target/extras/bin/python -r requirements-dev.txt deepspeed bitsandbytes ninja
+	PATH="$(CURDIR)/target/extras/bin:$$PATH" PYTHONPATH=python python -m pytest tests/extras
 
 wheel: ## dist/vmix_adapter-*.whl, for pip install
 	$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .

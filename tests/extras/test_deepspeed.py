@@ -102,6 +102,16 @@ def test_bf16_resumes_exactly(pipeline: Path, data: Path, tmp_path: Path) -> Non
     trained = load_file(whole / "checkpoint-4" / "trained.safetensors")
     assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
     assert any(not torch.equal(t, t.bfloat16().float()) for t in trained.values())
+    # And so have the files: nothing in them was rounded to 8 bits on the way.
+    for file in FILES:
+        written = load_file(whole / file)
+        assert any(not torch.equal(t, t.bfloat16().float()) for t in written.values()), file
+    written = load_file(whole / "vmix.safetensors")
+    for name in ("zero.weight", "linear.weight"):
+        assert torch.equal(written[f"projection.{name}"], trained[f"branch.{name}"])
+    one = alone(pipeline, data, tmp_path / "one")
+    texts = load_file(one / "vmix.safetensors")["aes_emb"]
+    assert torch.equal(written["aes_emb"], texts)
     again = stopped_at_two(whole, tmp_path / "again")
     zero(pipeline, data, again, "--resume_from_checkpoint=latest", precision="bf16")
     assert losses(again) == losses(whole)

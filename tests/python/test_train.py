@@ -556,6 +556,20 @@ def test_pixels_are_what_a_viewer_shows(tmp_path: Path) -> None:
     assert (clear == 1).all(), "transparent is white"
 
 
+def test_grey_in_sixteen_bits(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, SIDE * SIDE).round().reshape(SIDE, SIDE)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "grey.png")
+    Image.fromarray(ramp.astype(np.float32)).save(tmp_path / "floats.tiff")
+    pixels = to_pixels(Example("grey.png", "x", {}, tmp_path / "grey.png"), (SIDE, SIDE))[0]
+    # Half of a step of 1/255, in -1..1.
+    expected = torch.from_numpy(ramp / 65535 * 2 - 1).float().expand(3, -1, -1)
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1.001 / 255)
+    for name in ("grey.png", "floats.tiff"):
+        (tmp_path / name).with_suffix(".txt").write_text("x")
+    with pytest.raises(TrainingError, match=r"floats.tiff: pixels are floating-point numbers"):
+        usable_images(tmp_path, [], say=lambda _: None)
+
+
 def test_sizes_are_read_without_pixels(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -31,6 +31,7 @@ import vmix
 import webdataset
 import yaml
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_training import arguments, losses
@@ -628,6 +629,102 @@ def test_a_folder_with_the_checkpoints_of_another_run(
     said = failed(base, images, out)
     assert f"{out / 'checkpoint-3'} is an earlier run's: --resume_from_checkpoint latest" in said
     assert before == {file: file.read_bytes() for file in out.rglob("*") if file.is_file()}
+
+
+# --- going back, going on otherwise --------------------------------------------------------------
+
+
+def test_going_back_to_an_older_checkpoint(
+    base: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What came after it is set aside: neither "latest" nor the limit may take it for newer."""
+    out = train(base, images, tmp_path / "out")
+    back, limit = f"--resume_from_checkpoint={out}/checkpoint-6", "--checkpoints_total_limit=2"
+    train(base, images, out, back, limit, "--learning_rate=2e-3", "--max_train_steps=9")
+    assert "checkpoint-9, checkpoint-12" in capfd.readouterr().out
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == [
+        "checkpoint-12.abandoned", "checkpoint-6", "checkpoint-9", "checkpoint-9.abandoned",
+    ]  # fmt: skip
+    train(base, images, out, LATEST, limit)
+    rates = [json.loads(line)["lr"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert rates == [*[1e-3] * 6, *[2e-3] * 3, *[1e-3] * 3]
+
+
+def test_what_a_checkpoint_cannot_go_on_with(
+    base: Path, images: Path, copied: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = train(base, images, tmp_path / "out", "--max_train_steps=3")
+    first, second = (f"[[label]]{part}" for part in tiny.LABELS.split("[[label]]")[1:])
+    (copied / "labels.toml").write_text(f"{second}\n{first}")
+    said = failed(base, copied, out, LATEST)
+    assert "made with other labels, or other texts or another order of them" in said
+    assert "vibrant color, sharp focus; --labels has sharp focus, vibrant color" in said
+    said = failed(base, images, out, LATEST, "--use_ema")
+    assert "made without --use_ema, it has no average" in said
+    (copied / "labels.toml").write_text(tiny.LABELS)
+    listing = copied / "metadata.jsonl"
+    listing.write_text(listing.read_text().replace("a dog 2", "a fox"))
+    capfd.readouterr()
+    train(base, copied, out, LATEST, "--max_train_steps=4", "--gradient_accumulation_steps=2")
+    told = capfd.readouterr().out
+    assert re.search(r"data 10 images \(\w{8}\) → 10 images \(\w{8}\)", told)
+    assert "examples a step 2 → 4" in told
+
+
+def test_the_base_beside_a_fine_tuned_one_is_the_base(
+    base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after a resume, when there is no base any more."""
+    shown = []
+    before_call(monkeypatch, validation, "sheet", lambda columns, _: shown.append(dict(columns)))
+    more = (
+        *("--full_finetune", "--rank=0", "--validation_prompt=a dog"),
+        *("--validation_inference_steps=1", "--learning_rate=0.01"),
+    )
+    out = train(base, images, tmp_path / "out", *more, "--max_train_steps=3")
+    train(base, images, out, *more, LATEST, "--max_train_steps=4")
+    bases = [np.asarray(columns["base"][0]) for columns in shown]
+    assert len(bases) == 3
+    assert all((bases[0] == picture).all() for picture in bases)
+    assert (np.asarray(shown[-1]["trained"][0]) != bases[0]).any()
+
+
+def test_pictures_are_decoded_in_full_precision(
+    base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDXL's autoencoder overflows in half: its pictures would be black."""
+    seen = set()
+
+    def watch(run: Run) -> None:
+        layer = run.base.pipe.vae.decoder.conv_in
+        layer.register_forward_hook(lambda _, __, output: seen.add(output.dtype))
+
+    before_call(monkeypatch, Run, "train", watch)
+    picture = ("--validation_prompt=a dog", "--validation_inference_steps=1")
+    more = ("--mixed_precision=bf16", "--max_train_steps=1", *picture)
+    AcceleratorState._reset_state(True)  # it keeps the first precision of a process
+    try:
+        train(base, images, tmp_path / "out", *more)
+    finally:
+        AcceleratorState._reset_state(True)
+    assert seen == {torch.float32}
+
+
+def test_gradients_that_are_not_clipped(base: Path, images: Path, tmp_path: Path) -> None:
+    few = "--max_train_steps=3"
+    zero, huge = (
+        train(base, images, tmp_path / name, few, f"--max_grad_norm={norm}")
+        for name, norm in (("zero", "0"), ("huge", "1e9"))
+    )
+    assert load_file(zero / "vmix.safetensors")["projection.zero.weight"].any()
+    assert_same(zero, huge)
+
+
+def test_a_base_that_is_not_there(images: Path, tmp_path: Path) -> None:
+    """It is not looked for in the hub, unless it has a repository's name."""
+    for name in ("no/such/folder", "absent.safetensors", str(tmp_path / "absent")):
+        said = failed(Path(name), images, tmp_path / "out")
+        assert said == f"vmix.train: {name}: no such file or folder"
 
 
 # --- options -------------------------------------------------------------------------------------

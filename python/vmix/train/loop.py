@@ -90,6 +90,8 @@ class Run:
         fit_plugins(accelerator, args)
         set_seed(args.seed)
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.done = 0
+        """Steps."""
         self.trouble: Exception | None = None
         """What ends the training as soon as all processes can be told."""
         self.bar = partial(tqdm, disable=not accelerator.is_local_main_process, leave=False)
