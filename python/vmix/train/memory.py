@@ -402,10 +402,10 @@ def main() -> None:
     names: dict[BaseName, str] = {"sd15": "SD1.5, 512", "sdxl": "SDXL, 1024"}
     for base, name in names.items():
         for title, settings in SETTINGS.items():
-            one, two, three = (estimate(base, batch=b, **settings).total / GIB for b in (1, 2, 3))
+            one, few, many = (estimate(base, batch=b, **settings).total / GIB for b in (1, 32, 64))
             batches = (largest_batch(size, base, **settings) for size in SIZES)
             fits = (str(batch or "-") for batch in batches)
-            print_row(name, title, f"{one:.1f}", f"{three - two:.2f}", *fits)
+            print_row(name, title, f"{one:.1f}", f"{(many - few) / 32:.2f}", *fits)
 
 
 if __name__ == "__main__":
