@@ -4,9 +4,13 @@ longer than doing it, and several tests run at a time."""
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+# Where SIGINT was ignored before (a shell's background job), processes would not notice Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -724,7 +724,7 @@ def test_a_base_that_is_not_there(images: Path, tmp_path: Path) -> None:
     """It is not looked for in the hub, unless it has a repository's name."""
     for name in ("no/such/folder", "absent.safetensors", str(tmp_path / "absent")):
         said = failed(Path(name), images, tmp_path / "out")
-        assert said == f"vmix.train: {name}: no such file or folder"
+        assert said.endswith(f"--pretrained_model_name_or_path {name}: no such file or folder")
 
 
 # --- options -------------------------------------------------------------------------------------
@@ -785,7 +785,7 @@ report_to: none
         ({"validation_prompt": ["x", None]}, "validation_prompt: expected a text"),
         ("- a", "expected `option: value` lines"),
         ("", "expected `option: value` lines"),
-        ("a: [", "while parsing"),
+        ("a: [", "line 1: expected the node content"),
         ("\x00", "special characters are not allowed"),
     ],
 )

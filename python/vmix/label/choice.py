@@ -105,11 +105,10 @@ def _default(label: Label, taken: set[str], paired: bool, laion: bool) -> tuple[
     if paired:
         return CLIP_IQA, ""
     if first and bare in taken:
-        return "", f"{bare} serves another label already"
-    return (
-        "",
-        f"no measure for dimension '{label.dimension}'" if label.dimension else "no dimension",
-    )
+        why = f"{bare} serves another label already"
+    else:
+        why = f"no measure for dimension '{label.dimension}'" if label.dimension else "no dimension"
+    return "", f"{why}; label it by hand or take it out of the list: it is the same in every image"
 
 
 def _needs(label: Label, weights: bool) -> str:

@@ -22,6 +22,12 @@ UNKNOWN = 0.5
 MAX_ASPECT = 2.0
 _HEADER = 2**16  # bytes
 
+REMEDIES = {
+    "no caption": "expected a .txt beside each, or metadata.jsonl with `text`",
+    "no aesthetics": "`vmix label` proposes some",
+}
+"""For what whole sets lack."""
+
 Size = tuple[int, int]  # height, width
 
 
@@ -61,11 +67,11 @@ def usable_images(
             trouble = []
             if isinstance(size, str):
                 trouble.append(size)
-            if example.caption is None:
+            elif example.caption is None:
                 trouble.append("no caption")
-            if labels and not example.aesthetics:
+            if labels and not example.aesthetics and not isinstance(size, str):
                 trouble.append("no aesthetics")
-            if labels:
+            elif labels:
                 unknown = sorted(set(example.aesthetics) - known)
                 trouble += [f"unknown label '{name}'" for name in unknown]
             if trouble or isinstance(size, str) or example.caption is None:
@@ -77,7 +83,13 @@ def usable_images(
                 weights.append(UNKNOWN if value is None else value)
                 counts[name][_kind(value)] += 1
             found.append(Usable(example, example.caption, tuple(weights), size))
-    say(_report(path, len(data.examples), found, counts, problems))
+    for what, remedy in REMEDIES.items():  # one cause for all is one sentence
+        alike = [problem for problem in problems if problem.endswith(f": {what}")]
+        if len(alike) > 3 and len(alike) >= 0.9 * len(data.examples):
+            problems = [f"{len(alike)} images: {what}; {remedy}"] + [
+                problem for problem in problems if problem not in set(alike)
+            ]
+    say(_report(path, len(data.examples), found, counts, problems if skip else []))
     same = [
         f"label '{name}' is the same in every image, nothing to learn from"
         for index, name in enumerate(labels)
@@ -108,7 +120,7 @@ def _report(
     lines = [f"{path}: {count} images, {len(found)} usable"]
     lines += [f"  not used: {problem}" for problem in problems[:10]]
     lines += [f"  … and {len(problems) - 10} more"] if len(problems) > 10 else []
-    if counts:
+    if counts and found:
         width = max(map(len, counts))
         kinds = ("positive", "negative", "score", "unknown")
         lines.append(f"  {'label':<{width}}" + "".join(f"{kind:>10}" for kind in kinds))

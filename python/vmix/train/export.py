@@ -150,6 +150,7 @@ A [VMix](https://vmix-diffusion.github.io/VMix/) aesthetics adapter for Stable D
 ```python
 from vmix.diffusers import load_vmix
 
+# pipe: a diffusers pipeline of {architecture}
 load_vmix(pipe, "{file}")  # every label at its default weight, λ = 1
 ```
 
@@ -175,7 +176,7 @@ def model_card(
         f"| {label.default:g} |"
         for label in adapter.labels
     ]
-    record = json.loads(adapter.trained)
+    record = {**json.loads(adapter.trained), "apply_to": adapter.apply_to}
     listed = [f"- `{file}`: {what}" for file, what in files.items()]
     return CARD.format(
         license=_license(spec.get("license") or "other"),
@@ -199,6 +200,10 @@ def _license(name: str) -> str:
 
 
 def cell(value: object) -> str:
+    if isinstance(value, dict):
+        value = "; ".join(f"{key}: {cell(one)}" for key, one in value.items())
+    if isinstance(value, list):
+        value = ", ".join("none" if one is None else str(one) for one in value)
     return str(value).replace("|", "\\|").replace("\n", " ")
 
 

@@ -52,7 +52,7 @@ from vmix.train.errors import (
 )
 from vmix.train.model import Denoiser, ValueBranch, add_lora, trained_parameters
 from vmix.train.objective import Objective, collate, end_workers, leave_signals, step_size
-from vmix.train.options import check_args, parse_args, read_lines, settings
+from vmix.train.options import check_args, check_paths, parse_args, read_lines, settings
 from vmix.train.order import OwnBatches
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -96,6 +96,7 @@ class Run:
         """What ends the training as soon as all processes can be told."""
         self.bar = partial(tqdm, disable=not accelerator.is_local_main_process, leave=False)
         labels = [label.name for label in read_label_list(args.labels)] if args.train_vmix else []
+        check_paths(args)
         say = accelerator.print
         images = None
         if args.objective == "denoising":
@@ -226,6 +227,9 @@ class Run:
     def describe(self) -> None:
         args = self.args
         count = sum(p.numel() for p in trained_parameters(self.denoiser).values())
+        if self.done >= args.max_train_steps:
+            self.accelerator.print(f"all {self.done} steps are done; the files are written again")
+            return
         self.accelerator.print(
             f"training {count:,} parameters, {step_size(args, self.world)} examples a step on "
             f"{self.world} process{'es' * (self.world > 1)}, "
@@ -439,6 +443,7 @@ class Run:
         assert self.branch is not None
         record = {
             **self.objective.record(),
+            "base": Path(args.pretrained_model_name_or_path).name,
             "prediction_type": self.base.scheduler.config.prediction_type,
             "steps": steps,
             "batch_size": step_size(args, self.world),

@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from vmix.train.errors import TrainingError, complain
+from vmix.train.single_file import is_of_hub
 
 UNCONDITIONAL = ("cond", "both", "contrast")
 OBJECTIVES = ("denoising", "text-pairs", "lora")
 DTYPES = ("f32", "f16", "bf16")
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Without a page of usage, which hides it."""
+        self.exit(2, f"{self.prog}: {message}; --help lists all options\n")
+
+
+class _Help(argparse.HelpFormatter):
+    """With the defaults, where an option has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help or ""
+        if action.default in (None, False, True, argparse.SUPPRESS) or "unless given" in text:
+            return text
+        default = action.default
+        shown = ",".join(map(str, default)) if isinstance(default, list) else str(default)
+        return f"{text} Default: {shown.replace('%', '%%')}.".strip()
+
+
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(
+    made = _Parser(
         "vmix.train",
         allow_abbrev=False,
+        formatter_class=_Help,
         description="Train a VMix adapter. docs/training.md describes data and options.",
         epilog="Flags are named as in diffusers' training scripts. --config takes them from a "
         "YAML file, `learning_rate: 1e-4`; the command line wins.",
@@ -44,7 +66,7 @@ def _base(group: Any) -> None:
     add("--prediction_type", choices=("epsilon", "v_prediction"), help="What the base predicts, "
         "where neither its configuration nor the file says.")  # fmt: skip
     add("--labels", type=Path, help="TOML file with one [[label]] table per label.")
-    add("--output_dir", type=Path, required=True)
+    add("--output_dir", type=Path, required=True, help="Folder for all that is written.")
     add("--name", default="vmix", help="The adapter is written to <output_dir>/<name>.safetensors.")
     for key in ("title", "author", "license", "description"):
         add(f"--{key}", help=f"modelspec.{key} of the adapter.")
@@ -70,7 +92,7 @@ def _data(group: Any) -> None:
     switch("--cache_latents", help="Encode images and captions once, on disk; the autoencoder and "
            "the text encoders then stay off the device.")  # fmt: skip
     add("--cache_dir", type=Path, help="Where; <output_dir>/cache unless given.")
-    add("--dataloader_num_workers", type=int, default=0)
+    add("--dataloader_num_workers", type=int, default=0, help="Processes that read images.")
 
 
 def _without_images(group: Any) -> None:
@@ -82,7 +104,7 @@ def _without_images(group: Any) -> None:
         "is where text pairs' words go; the bare prompt is without it.")  # fmt: skip
     add("--samples_per_prompt", type=int, default=4, help="Pictures of its own for each prompt.")
     add("--sample_guidance", type=float, default=7.5, help="Guidance that they are made with.")
-    add("--sample_steps", type=int, default=25)
+    add("--sample_steps", type=int, default=25, help="Steps that they are made in.")
     add("--teachers", type=Path, help="YAML file: for each label {positive, negative} words "
         "(text-pairs), or {file, positive, negative} with two scales (lora).")  # fmt: skip
     add("--teacher_strength", type=float, default=1.0,
@@ -104,21 +126,21 @@ def _trained(group: Any) -> None:
     add("--text_dropout", type=float, default=0.1, help="Share of captions dropped for guidance.")
     add("--label_dropout", type=float, default=0.0, help="Share of labels made unknown.")
     switch("--use_ema", help="Write a running average of the weights.")
-    add("--ema_decay", type=float, default=0.9999)
+    add("--ema_decay", type=float, default=0.9999, help="Of the average, at most.")
 
 
 def _optimisation(group: Any) -> None:
     add, switch = group.add_argument, partial(group.add_argument, action="store_true")
     add("--train_batch_size", type=int, default=256, help="Images per process and step.")
-    add("--gradient_accumulation_steps", type=int, default=1)
+    add("--gradient_accumulation_steps", type=int, default=1, help="Batches in a step.")
     switch("--gradient_checkpointing", help="Less memory for about a third more time.")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="accelerate's unless given.")
-    add("--max_train_steps", type=int, default=50_000)
+    add("--max_train_steps", type=int, default=50_000, help="Steps in all.")
     add("--learning_rate", type=float, help="1e-4, for SDXL 1e-5, unless given.")
     add("--lora_learning_rate", type=float, help="The learning rate unless given.")
     add("--lr_scheduler", default="constant", help="constant, constant_with_warmup, linear, "
         "cosine, cosine_with_restarts, polynomial.")  # fmt: skip
-    add("--lr_warmup_steps", type=int, default=0)
+    add("--lr_warmup_steps", type=int, default=0, help="Steps until the rate is whole.")
     switch("--use_8bit_adam", help="AdamW of bitsandbytes.")
     add("--adam_beta1", type=float, default=0.9)
     add("--adam_beta2", type=float, default=0.999)
@@ -126,12 +148,12 @@ def _optimisation(group: Any) -> None:
     add("--adam_epsilon", type=float, default=1e-8)
     add("--max_grad_norm", type=float, default=1.0, help="0: gradients are not clipped.")
     add("--snr_gamma", type=float, help="Min-SNR weighting of the loss; 5 is usual.")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="Of everything that chance gives.")
 
 
 def _running(group: Any) -> None:
     add = group.add_argument
-    add("--checkpointing_steps", type=int, default=500)
+    add("--checkpointing_steps", type=int, default=500, help="Steps between checkpoints.")
     add("--checkpoints_total_limit", type=int, help="Older ones are deleted.")
     add("--resume_from_checkpoint", help='A checkpoint folder, or "latest".')
     add("--report_to", default="tensorboard", help="accelerate tracker: tensorboard, wandb, none.")
@@ -139,8 +161,8 @@ def _running(group: Any) -> None:
     add("--validation_prompts", type=Path, help="Text file with a prompt on each line.")
     add("--validation_steps", type=int, default=500, help="Steps between pictures.")
     add("--validation_scales", type=_numbers, default=[1.0], help="λ of them, as 0.5,1,1.5.")
-    add("--validation_guidance", type=float, default=7.5)
-    add("--validation_inference_steps", type=int, default=25)
+    add("--validation_guidance", type=float, default=7.5, help="Guidance of these pictures.")
+    add("--validation_inference_steps", type=int, default=25, help="Steps that they take.")
 
 
 def _numbers(text: str) -> list[float]:
@@ -148,8 +170,6 @@ def _numbers(text: str) -> list[float]:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    import sys
-
     given = list(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path)
@@ -182,7 +202,10 @@ def _of_config(path: Path, made: argparse.ArgumentParser, given: Sequence[str]) 
     for key, value in settings.items():
         action = actions.get(str(key))
         if action is None:
-            problems.append(f"there is no option {key}")
+            near = difflib.get_close_matches(str(key), actions, 1)
+            problems.append(
+                f"there is no option {key}" + (f"; did you mean {near[0]}?" if near else "")
+            )
         elif isinstance(action, (argparse._StoreTrueAction, argparse._StoreFalseAction)):
             if not isinstance(value, bool):
                 problems.append(f"{key}: expected true or false, found {value!r}")
@@ -229,7 +252,12 @@ def read_yaml(path: Path) -> tuple[str, Any]:
 
     try:
         return "", yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        return f"line {line}: {error.problem}", None
+    except OSError as error:
+        return error.strerror or str(error), None
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
         return " ".join(str(error).split()), None
 
 
@@ -255,7 +283,12 @@ def check_args(args: argparse.Namespace) -> None:
     if args.objective == "denoising":
         if args.train_data_dir is None:
             problems.append("--train_data_dir is missing (or another --objective)")
+        for key in ("prompts", "teachers"):
+            if getattr(args, key) is not None:
+                problems.append(f"--{key} is for --objective text-pairs and lora")
     else:
+        if args.train_data_dir is not None:
+            problems.append(f"--objective {args.objective} needs no --train_data_dir")
         if args.prompts is None:
             problems.append(f"--objective {args.objective} needs --prompts")
         if args.objective == "lora" and args.teachers is None:
@@ -292,6 +325,17 @@ def check_args(args: argparse.Namespace) -> None:
     if args.output_dir.exists() and not args.output_dir.is_dir():
         problems.append(f"--output_dir {args.output_dir} is not a folder")
     complain("arguments", problems)
+
+
+def check_paths(args: argparse.Namespace) -> None:
+    """Before anything that takes its time."""
+    problems = []
+    base, resumed = args.pretrained_model_name_or_path, args.resume_from_checkpoint
+    if not is_of_hub(base) and not Path(base).exists():
+        problems.append(f"--pretrained_model_name_or_path {base}: no such file or folder")
+    if resumed and resumed != "latest" and not Path(resumed).is_dir():
+        problems.append(f"--resume_from_checkpoint {resumed}: no checkpoint is there")
+    complain("paths", problems)
 
 
 def settings(args: argparse.Namespace) -> Mapping[str, Any]:
