@@ -17,8 +17,8 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 COMFY_VENV ?= target/comfy-venv/$(notdir $(COMFYUI_PATH))
 COMFY_PY := $(COMFY_VENV)/bin/python
 
-.PHONY: help setup test test-c test-full test-extras test-comfy fuzz lint demo demo-report bench bench-c \
-	bench-comfy bench-train headers wheel install requirements clean
+.PHONY: help setup test test-kernels test-c test-full test-extras test-comfy fuzz lint demo demo-report bench bench-c \
+	bench-attention bench-comfy bench-train headers wheel install requirements clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,8 +40,16 @@ python/vmix/_native.abi3.so: $(RUST_SOURCES)
 
 test: setup ## all tests but the slow ones
 	cargo test --locked --workspace
+	$(MAKE) test-kernels
 	$(PY) -m pytest -n 2 --dist loadfile
 	$(MAKE) test-c
+
+# Every test of attention with each kernel as the one that is chosen.
+test-kernels:
+	for kernel in plain portable $$(grep -ow -m1 avx2 /proc/cpuinfo) $$(grep -ow -m1 avx512f /proc/cpuinfo | sed s/f//); do \
+		echo "kernel: $$kernel"; \
+		VMIX_KERNEL=$$kernel cargo test --locked --test integration attention -q || exit 1; \
+	done
 
 test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hosts, sanitizers, fuzzing
 	cargo test --locked --workspace --features vmix-adapter/headers --test headers
@@ -118,6 +126,12 @@ bench: .venv/ready ## ratios to vanilla diffusers, to safetensors + torch, and t
 
 bench-train: setup ## step time and memory of the trainer, as ratios to a LoRA's
 	$(PY) benches/bench_train.py
+
+bench-attention: .venv/ready ## value-mixed attention, as ratios to torch's
+	cargo build --locked --release --workspace
+	cp target/release/lib_native.$(NATIVE) python/vmix/_native.abi3.so.new
+	mv python/vmix/_native.abi3.so.new python/vmix/_native.abi3.so
+	$(PY) benches/bench_attention.py
 
 bench-comfy: $(COMFY_VENV)/ready ## ratios to a vanilla ComfyUI, of COMFYUI_PATH
 	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_PY) benches/bench_comfy.py

@@ -37,7 +37,7 @@
  *   keep it            vmix_values_save
  *   check, free        vmix_adapter_validate, vmix_adapter_free, vmix_values_free
  *   the library        vmix_abi_version, vmix_version, vmix_build_info, vmix_last_error,
- *                      vmix_status_name
+ *                      vmix_status_name, vmix_set_num_threads, vmix_num_threads
  *
  * LINKING
  *
@@ -65,7 +65,7 @@
  *
  *   A pointer to const is never written through, and may be used from many threads at once. That is
  *   every use of a handle but freeing it. vmix_last_error() is per thread. Functions that use all
- *   cores say so; RAYON_NUM_THREADS in the environment sets how many. Their threads do not survive
+ *   cores say so; vmix_set_num_threads() sets how many. Their threads do not survive
  *   a fork(): a child of a process that called one must not call one itself, unless it exec()s.
  *
  * ERRORS
@@ -319,6 +319,12 @@ vmix_mix_values (
     VmixMixParams const * params);
 
 /** \brief
+ *  How many threads a call may use. Since ABI 1.2.
+ */
+size_t
+vmix_num_threads (void);
+
+/** \brief
  *  Opens an adapter or a preset, whichever the file is. On success exactly one of `*adapter` and
  *  `*values` is a handle, and the other is NULL.
  *
@@ -329,6 +335,15 @@ vmix_open (
     char const * path,
     VmixAdapter * * adapter,
     VmixValues * * values);
+
+/** \brief
+ *  From now on, at most so many threads for each call, of those in a pool that all calls share; 0 for
+ *  as many as there are cores, or as RAYON_NUM_THREADS says. With 1 a call computes in the thread that
+ *  makes it, as a host wants that has threads of its own. Since ABI 1.2.
+ */
+void
+vmix_set_num_threads (
+    size_t count);
 
 /** \brief
  *  Name of a status, such as "invalid file"; "unknown status" for numbers that are none. Static.

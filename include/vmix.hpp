@@ -382,6 +382,12 @@ inline void attention(const AttentionParams& from) {
     detail::check(vmix_attention(&params));
 }
 
+/** At most so many threads for each call from now on; 0 for all cores. */
+inline void set_num_threads(std::size_t count) { vmix_set_num_threads(count); }
+
+/** How many threads a call may use. */
+inline std::size_t num_threads() { return vmix_num_threads(); }
+
 /** For programs that come without the library: throws if the one they run with does not fit. */
 inline void require_compatible() {
     const auto version = vmix_abi_version();

@@ -16,7 +16,7 @@
 /**
  * Minor version of the binary interface: a later one has more.
  */
-#define VMIX_ABI_MINOR 1
+#define VMIX_ABI_MINOR 2
 
 /**
  * What every fallible function returns. Numbers 11 to 63 are reserved for statuses to come:

@@ -2,14 +2,13 @@
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
-use rayon::prelude::*;
-
 use crate::{
     ApplyTo, Base, Checkpoint, DType, Error, Kind, Labels, Layer, Layers, ProjectionKind, Result,
     Selection, Tensor, ValueWeights, Values,
     file::{self, File},
     metadata::{Common, expect_of_base, layer_map, one_of},
     projection::{Projection, Sizes, select},
+    threads,
     values::{self, LayerValues, Origin},
 };
 
@@ -315,10 +314,7 @@ impl Adapter {
             )?;
             contexts.extend(opposite);
         }
-        let layers = inner.layers.par_iter();
-        let tensors = layers
-            .map(|layer| layer_values(layer, &contexts))
-            .collect::<Result<Vec<_>>>()?;
+        let tensors = threads::try_map(&inner.layers, |layer| layer_values(layer, &contexts))?;
         Ok(Values::new(
             Common {
                 apply_to,
@@ -337,7 +333,7 @@ impl Adapter {
         if self.0.value_weights == ValueWeights::Base {
             return Ok(());
         }
-        self.0.layers.par_iter().try_for_each(|layer| {
+        threads::try_map(&self.0.layers, |layer| {
             let name = value_weight(layer);
             if self.0.file.tensor(&name)?.to_tensor().is_finite() {
                 return Ok(());
@@ -346,7 +342,8 @@ impl Adapter {
                 .0
                 .file
                 .tensor_error(&name, "finite values", "NaN or infinity"))
-        })
+        })?;
+        Ok(())
     }
 
     /// What a preset keeps of its adapter's metadata: licence, author, training.

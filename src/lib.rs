@@ -44,12 +44,13 @@ mod preset;
 mod product;
 mod projection;
 mod tensor;
+pub mod threads;
 mod unet;
 mod values;
 mod view;
 
 pub use adapter::Adapter;
-pub use attention::{Attention, attention, mix_values};
+pub use attention::{Attention, Kernel, attention, mix_values};
 pub use checkpoint::Checkpoint;
 #[cfg(feature = "clip")]
 pub use clip::{

@@ -150,7 +150,13 @@ impl Common {
 
 /// Whether the file is an adapter or a preset, of a format version that this library knows.
 pub(crate) fn kind_of(file: &File) -> Result<Kind> {
-    let expected = "`1`, as in every VMix file";
+    let mut expected = "`1`, as in every VMix file".to_owned();
+    if file.meta("vmix.format", "").is_err()
+        && file.tensor_names().any(|name| name.contains("lora_"))
+    {
+        expected += " (this looks like a LoRA, which hosts load as such)";
+    }
+    let expected = &expected;
     file.parse_meta("vmix.format", expected, |v| (v == FORMAT).then_some(()))?;
     one_of(file, "vmix.kind", Kind::NAMES, Kind::from_name)
 }

@@ -235,6 +235,13 @@ impl<'a> TensorView<'a> {
         Some(Self { layout, ..self })
     }
 
+    /// The row from this index on, and how far the next token's is, where rows are adjacent f32.
+    pub(crate) fn rows(&self, index: [usize; 4]) -> Option<(*const f32, isize)> {
+        let offset = self.layout.f32_slice(index, self.layout.shape[3])?;
+        let data = self.data.cast::<f32>().wrapping_offset(offset);
+        Some((data, self.layout.strides[1]))
+    }
+
     /// The elements along the last dimension where they can be used as a slice.
     fn f32_row(&self, mut index: [usize; 4], len: usize) -> Option<&'a [f32]> {
         self.layout.clamp(&mut index);
@@ -340,6 +347,15 @@ impl<'a> TensorViewMut<'a> {
         }
     }
 
+    /// To be written by several threads.
+    pub(crate) fn raw_rows(&mut self) -> RawRows<'_> {
+        RawRows {
+            data: self.data,
+            layout: self.layout,
+            lifetime: PhantomData,
+        }
+    }
+
     pub(crate) fn merge_heads(&mut self) -> Option<TensorViewMut<'_>> {
         let layout = self.layout.merge_heads()?;
         Some(TensorViewMut {
@@ -435,6 +451,43 @@ impl<'a> TensorViewMut<'a> {
                 DType::BF16 => write(self.data.cast::<bf16>().offset(offset), stride, values),
             }
         }
+    }
+}
+
+/// A view whose rows several threads write, each its own.
+pub(crate) struct RawRows<'a> {
+    data: *mut u8,
+    layout: Layout,
+    lifetime: PhantomData<&'a mut [u8]>,
+}
+
+// SAFETY: what it writes with is unsafe, and asks that no two threads have the same row.
+unsafe impl Sync for RawRows<'_> {}
+
+impl RawRows<'_> {
+    /// `[batch, tokens, heads, head dim]`.
+    pub fn shape(&self) -> [usize; 4] {
+        self.layout.shape
+    }
+
+    /// As [`TensorView::rows`].
+    pub fn rows(&self, index: [usize; 4]) -> Option<(*mut f32, isize)> {
+        let offset = self.layout.f32_slice(index, self.layout.shape[3])?;
+        let data = self.data.cast::<f32>().wrapping_offset(offset);
+        Some((data, self.layout.strides[1]))
+    }
+
+    /// As [`TensorViewMut::write_row`].
+    ///
+    /// # Safety
+    /// Nobody else may be using this row.
+    pub unsafe fn write_row(&self, index: [usize; 4], values: &[f32]) {
+        let mut view = TensorViewMut {
+            data: self.data,
+            layout: self.layout,
+            lifetime: PhantomData,
+        };
+        view.write_row(index, values);
     }
 }
 

@@ -17,11 +17,13 @@ __all__ = [
     "__version__",
     "attention",
     "clip_merges",
+    "get_num_threads",
     "init_adapter",
     "ldm_name",
     "open",
     "read_label_list",
     "run_command",
+    "set_num_threads",
     "training_free_adapter",
     "unet_layers",
 ]
@@ -167,8 +169,34 @@ class Values:
     def __len__(self) -> int: ...
 
 def attention(
-    query: Any, key: Any, value: Any, aes_value: Any, strength: float, heads: int
-) -> Tensor: ...
+    query: Any,
+    key: Any,
+    value: Any,
+    aes_value: Any = None,
+    strength: float | Sequence[float] = 1.0,
+    heads: int | None = None,
+    *,
+    scale: float | None = None,
+    mask: Any = None,
+    query_mask: Any = None,
+) -> Tensor:
+    """softmax(Q·Kᵀ·scale + mask)·(V_c + λ·V_a) (paper, eq. 9) on the CPU, in f32.
+
+    Tensors are read where they lie, with any strides: query, key and value [B, L, H·D] with
+    `heads`, or [B, H, L, D] without, as the result. `aes_value`, V_a, is [C, H·D] or [B, C, H·D]
+    and repeats where there are k·C keys. `strength`, λ, is one number or one per batch entry; at 0
+    the result is bit-identical to that without V_a. `mask` [B, H, L_q, L_k] is added to the scaled
+    scores, and may have size 1, or lack leading dimensions, where it does not vary; −inf hides a
+    key. `query_mask` [B, L_q] is what λ is multiplied with for each query.
+    """
+
+def get_num_threads() -> int:
+    """Threads that a call may use."""
+
+def set_num_threads(count: int) -> None:
+    """Of attention, V_a and text encoders, from now on; 0 for all cores. With 1 a call computes in
+    the thread that makes it."""
+
 def open(path: _Path) -> Adapter | Values:
     """Opens an adapter or a preset; the file's own metadata says which it is."""
 

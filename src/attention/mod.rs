@@ -1,6 +1,21 @@
-//! Value-mixed cross-attention (paper, eq. 9), plain and correct.
+//! Value-mixed cross-attention (paper, eq. 9).
 
-use candle_core::{D, Device, Tensor as Candle};
+mod blocks;
+mod buffer;
+mod engine;
+mod exp2;
+#[cfg(target_arch = "x86_64")]
+mod lanes;
+mod mix;
+mod plain;
+mod portable;
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+pub use engine::Kernel;
+pub use mix::mix_values;
+
+use engine::Engine;
 
 use crate::{
     Error, Result, Tensor,
@@ -33,10 +48,9 @@ pub struct Attention<'a> {
     pub mask: Option<TensorView<'a>>,
     /// What λ is multiplied with for each query, `[B, L_q, 1, 1]`: the strength of a region.
     pub query_mask: Option<TensorView<'a>>,
+    /// What computes it; [`Kernel::chosen`] where it is `None`.
+    pub kernel: Option<Kernel>,
 }
-
-/// Attention maps are at most this many numbers at a time.
-const BLOCK: usize = 1 << 20;
 
 impl<'a> Attention<'a> {
     /// Attention without V_a or masks, with the usual scale and λ = 1.
@@ -50,6 +64,7 @@ impl<'a> Attention<'a> {
             scale: None,
             mask: None,
             query_mask: None,
+            kernel: None,
         }
     }
 
@@ -85,6 +100,14 @@ impl<'a> Attention<'a> {
                 ));
             }
         }
+        let kernel = match self.kernel {
+            None => Kernel::chosen()?,
+            Some(kernel) if kernel.is_available() => kernel,
+            Some(kernel) => {
+                let expected = "a kernel that this processor has";
+                return Err(Error::argument("kernel", expected, kernel.name()));
+            }
+        };
         let scale = self.scale.unwrap_or(1.0 / (dim as f32).sqrt());
         // A head of width 0 has scores of 0, whatever they are multiplied with.
         if !scale.is_finite() && dim > 0 {
@@ -108,119 +131,58 @@ impl<'a> Attention<'a> {
             ));
         }
 
-        let mut map = map;
-        let block = (BLOCK / keys).clamp(1, queries.max(1));
-        let rows = Rows::new([keys, block], dim)?;
-        for b in 0..batch {
-            let strength = strengths.of(b);
-            let aes_value = aes_value.filter(|_| strength != 0.0);
-            for h in 0..heads {
-                let key = rows.read(keys, |t, row| self.key.read_row([b, t, h, 0], row))?;
-                let aesthetic = aes_value
-                    .map(|v_a| {
-                        let tokens = v_a.shape()[1];
-                        rows.read(keys, |t, row| {
-                            v_a.read_row([b, t % tokens, h, 0], row);
-                            row.iter_mut().for_each(|x| *x *= strength);
-                        })
-                    })
-                    .transpose()?;
-                let mut value = rows.read(keys, |t, row| self.value.read_row([b, t, h, 0], row))?;
-                // A strength per query cannot be folded into the values: two branches then.
-                let aesthetic = match aesthetic {
-                    Some(aesthetic) if self.query_mask.is_none() => {
-                        value = (value + aesthetic)?;
-                        None
-                    }
-                    other => other,
-                };
-                for first in (0..queries).step_by(block) {
-                    let count = block.min(queries - first);
-                    let query = rows.read(count, |i, row| {
-                        self.query.read_row([b, first + i, h, 0], row);
-                    })?;
-                    let scores = query.matmul(&key.t()?)?.affine(scale.into(), 0.0)?;
-                    let weights = match self.mask {
-                        None => candle_nn::ops::softmax_last_dim(&scores)?,
-                        Some(mask) => {
-                            let mut added = zeros(count * keys)?;
-                            for (i, row) in added.chunks_exact_mut(keys).enumerate() {
-                                mask.read_row([b, first + i, h, 0], row);
-                            }
-                            masked_softmax(scores, Candle::from_vec(added, (count, keys), CPU)?)?
-                        }
-                    };
-                    let mut mixed = weights.matmul(&value)?;
-                    if let (Some(mask), Some(aesthetic)) = (self.query_mask, &aesthetic) {
-                        let mut m = zeros(count)?;
-                        for (i, m) in m.iter_mut().enumerate() {
-                            mask.read_row([b, first + i, 0, 0], std::slice::from_mut(m));
-                        }
-                        let m = Candle::from_vec(m, (count, 1), CPU)?;
-                        mixed = (mixed + weights.matmul(aesthetic)?.broadcast_mul(&m)?)?;
-                    }
-                    write_rows(&mixed, dim, |i, row| {
-                        output.write_row([b, first + i, h, 0], row);
-                    })?;
-                    if let Some((map, first_head)) = &mut map
-                        && let Some(h) = h.checked_sub(*first_head)
-                        && h < map.shape()[2]
-                    {
-                        write_rows(&weights, keys, |i, row| {
-                            map.write_row([b, first + i, h, 0], row);
-                        })?;
-                    }
-                }
-            }
+        let checked = Checked {
+            query: self.query,
+            key: self.key,
+            value: self.value,
+            aes_value,
+            strengths,
+            scale,
+            mask: self.mask,
+            query_mask: self.query_mask,
+            keys,
+        };
+        if kernel == Kernel::Plain {
+            return plain::forward(&checked, output, map);
         }
-        Ok(())
+        let map = map.map(|(map, first)| (map.raw_rows(), first));
+        let map = map.as_ref().map(|(map, first)| (map, *first));
+        let engine = Engine::new(kernel, keys, dim);
+        blocks::forward(&checked, &engine, &output.raw_rows(), map)
     }
 }
 
-/// V_c + λ·V_a in place (paper, eq. 9), all that a host with an attention of its own needs.
-///
-/// `value` is `[B, k·C, H, D]`; `aes_value` `[1 or B, C, H, D]` or `[1 or B, C, 1, H·D]`, repeated k
-/// times; `strength`, λ, one for all or one per batch entry. Each sum is computed in f32 and rounded
-/// once. Where λ is 0 not a bit changes.
-///
-/// # Errors
-/// When shapes do not fit together, or a λ is not finite. Then nothing is written.
-pub fn mix_values(
-    value: &mut TensorViewMut<'_>,
-    aes_value: TensorView<'_>,
-    strength: &[f32],
-) -> Result<()> {
-    let [batch, keys, heads, dim] = value.shape();
-    let strengths = Strengths::new(strength, batch)?;
-    let aes_value = fit_aes_value(aes_value, batch, keys, heads, dim)?;
-    if value.shape().contains(&0) {
-        return Ok(());
+/// Arguments that fit together, none of them empty.
+struct Checked<'a> {
+    query: TensorView<'a>,
+    key: TensorView<'a>,
+    value: TensorView<'a>,
+    /// `[1 or B, C, H, D]`
+    aes_value: Option<TensorView<'a>>,
+    strengths: Strengths<'a>,
+    scale: f32,
+    mask: Option<TensorView<'a>>,
+    query_mask: Option<TensorView<'a>>,
+    keys: usize,
+}
+
+impl<'a> Checked<'a> {
+    fn dim(&self) -> usize {
+        self.query.shape()[3]
     }
-    if value.overlaps(&aes_value) {
-        let expected = "memory that the values do not span";
-        return Err(Error::argument("aes_value", expected, "memory they do"));
+
+    /// Whether a query has a strength of its own, which cannot be folded into the values.
+    fn is_regional(&self) -> bool {
+        self.aes_value.is_some() && self.query_mask.is_some()
     }
-    // Longer rows where the heads of a token are adjacent in both.
-    let (mut value, aes_value) = match (value.merge_heads(), aes_value.merge_heads()) {
-        (Some(value), Some(aes_value)) => (value, aes_value),
-        _ => (value.reborrow(), aes_value),
-    };
-    let tokens = aes_value.shape()[1];
-    let [_, _, heads, dim] = value.shape();
-    let mut scratch = [Vec::new(), Vec::new()];
-    for b in 0..batch {
-        let strength = strengths.of(b);
-        if strength == 0.0 {
-            continue;
-        }
-        for t in 0..keys {
-            for h in 0..heads {
-                let added = (aes_value, [b, t % tokens, h, 0]);
-                value.add_row([b, t, h, 0], dim, strength, added, &mut scratch);
-            }
-        }
+
+    /// V_a and λ of a batch entry, unless λ is 0.
+    fn aes_value_of(&self, b: usize) -> Option<(TensorView<'a>, f32)> {
+        let strength = self.strengths.of(b);
+        self.aes_value
+            .map(|v_a| (v_a, strength))
+            .filter(|_| strength != 0.0)
     }
-    Ok(())
 }
 
 /// softmax(Q·Kᵀ/√d)·(V_c + λ·V_a) of dense tensors, computed in f32 and rounded to Q's dtype.
@@ -270,8 +232,6 @@ fn split_heads<'a>(argument: &str, tensor: &'a Tensor, heads: usize) -> Result<T
     }
     TensorView::dense(argument, tensor, [batch, tokens, heads, width / heads])
 }
-
-const CPU: &Device = &Device::Cpu;
 
 /// λ of every batch entry.
 struct Strengths<'a>(&'a [f32]);
@@ -343,35 +303,6 @@ fn expect_broadcast(argument: &str, found: [usize; 4], full: [usize; 4]) -> Resu
     ))
 }
 
-/// softmax(scores + mask), with zeros for rows that are −∞ throughout.
-fn masked_softmax(scores: Candle, mask: Candle) -> candle_core::Result<Candle> {
-    let scores = (scores + mask)?;
-    let hidden = scores.max_keepdim(D::Minus1)?.eq(f64::NEG_INFINITY)?;
-    let hidden = hidden.broadcast_as(scores.shape())?;
-    let weights = candle_nn::ops::softmax_last_dim(&scores)?;
-    hidden.where_cond(&weights.zeros_like()?, &weights)
-}
-
-/// Makes tensors of rows of one width, whose size was found to fit into memory.
-struct Rows(usize);
-
-impl Rows {
-    fn new(counts: [usize; 2], width: usize) -> Result<Self> {
-        // As much as is in use at a time below, where failing would be an abort instead of an error.
-        let count = counts[0].max(counts[1]).saturating_mul(width);
-        reserve(count.saturating_mul(4))?;
-        Ok(Self(width))
-    }
-
-    fn read(&self, count: usize, read: impl Fn(usize, &mut [f32])) -> Result<Candle> {
-        let mut data = zeros(count * self.0)?;
-        for (i, row) in data.chunks_exact_mut(self.0).enumerate() {
-            read(i, row);
-        }
-        Ok(Candle::from_vec(data, (count, self.0), CPU)?)
-    }
-}
-
 /// Zeros, or an error where there is not so much memory.
 fn zeros(count: usize) -> Result<Vec<f32>> {
     let mut data = reserve(count)?;
@@ -387,14 +318,6 @@ fn reserve(count: usize) -> Result<Vec<f32>> {
             bytes: count.saturating_mul(size_of::<f32>()),
         }),
     }
-}
-
-fn write_rows(tensor: &Candle, width: usize, mut write: impl FnMut(usize, &[f32])) -> Result<()> {
-    let values: Vec<f32> = tensor.flatten_all()?.to_vec1()?;
-    for (i, row) in values.chunks_exact(width).enumerate() {
-        write(i, row);
-    }
-    Ok(())
 }
 
 fn shape_of(tensor: &Tensor) -> String {

@@ -37,7 +37,7 @@
  *   keep it            vmix_values_save
  *   check, free        vmix_adapter_validate, vmix_adapter_free, vmix_values_free
  *   the library        vmix_abi_version, vmix_version, vmix_build_info, vmix_last_error,
- *                      vmix_status_name
+ *                      vmix_status_name, vmix_set_num_threads, vmix_num_threads
  *
  * LINKING
  *
@@ -65,7 +65,7 @@
  *
  *   A pointer to const is never written through, and may be used from many threads at once. That is
  *   every use of a handle but freeing it. vmix_last_error() is per thread. Functions that use all
- *   cores say so; RAYON_NUM_THREADS in the environment sets how many. Their threads do not survive
+ *   cores say so; vmix_set_num_threads() sets how many. Their threads do not survive
  *   a fork(): a child of a process that called one must not call one itself, unless it exec()s.
  *
  * ERRORS

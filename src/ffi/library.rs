@@ -8,6 +8,7 @@ use super::{
     boundary::{last_error, status_name},
     types::*,
 };
+use crate::threads;
 
 /// Version of the binary interface that this library has: VMIX_ABI_VERSION of its own header. Ask
 /// VMIX_ABI_COMPATIBLE() whether it will do.
@@ -28,7 +29,7 @@ fn vmix_build_info() -> *const c_char {
     c_text(concat!(
         "vmix ",
         env!("CARGO_PKG_VERSION"),
-        ", abi 1.1, ",
+        ", abi 1.2, ",
         env!("VMIX_TARGET"),
         ", ",
         env!("VMIX_PROFILE"),
@@ -48,6 +49,20 @@ fn vmix_last_error() -> *const c_char {
 #[ffi_export]
 fn vmix_status_name(status: u32) -> *const c_char {
     status_name(status).as_ptr().cast()
+}
+
+/// From now on, at most so many threads for each call, of those in a pool that all calls share; 0 for
+/// as many as there are cores, or as RAYON_NUM_THREADS says. With 1 a call computes in the thread that
+/// makes it, as a host wants that has threads of its own. Since ABI 1.2.
+#[ffi_export]
+fn vmix_set_num_threads(count: usize) {
+    threads::set(count);
+}
+
+/// How many threads a call may use. Since ABI 1.2.
+#[ffi_export]
+fn vmix_num_threads() -> usize {
+    threads::count()
 }
 
 /// A literal that ends in NUL.

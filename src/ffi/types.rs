@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_void};
 /// Major version of the binary interface: another one may have changed anything.
 pub const VMIX_ABI_MAJOR: u32 = 1;
 /// Minor version of the binary interface: a later one has more.
-pub const VMIX_ABI_MINOR: u32 = 1;
+pub const VMIX_ABI_MINOR: u32 = 2;
 
 /// What every fallible function returns. Numbers 11 to 63 are reserved for statuses to come:
 /// treat a number that you do not know as a failure.

@@ -27,6 +27,14 @@ static void library(void) {
     CHECK(strcmp(vmix_status_name(VMIX_STATUS_INVALID_FILE), "invalid file") == 0);
     CHECK(strcmp(vmix_status_name(4000000000u), "unknown status") == 0);
     CHECK(strcmp(vmix_last_error(), "") == 0);
+    const size_t cores = vmix_num_threads();
+    CHECK(cores >= 1);
+    vmix_set_num_threads(1);
+    CHECK(vmix_num_threads() == 1);
+    vmix_set_num_threads(cores + 1);
+    CHECK(vmix_num_threads() == cores);
+    vmix_set_num_threads(0);
+    CHECK(vmix_num_threads() == cores);
 }
 
 static void opening(const char *path) {

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import os
 import pathlib
+import re
+import subprocess
+import sys
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import vmix
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -231,6 +238,105 @@ def test_tensors_come_in_strided_and_from_numpy() -> None:
     arrays = [t.numpy() for t in (q, k, k, a)]
     arrays[0].flags.writeable = False
     assert torch.equal(torch.from_dlpack(vmix.attention(*arrays, 1.5, 2)), expected)
+
+
+def two_branches(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, a: torch.Tensor, strength: torch.Tensor,
+    mask: torch.Tensor | None = None, scale: float | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """Equation 9 in torch, two branches, for [B, H, L, D]."""
+    branch = partial(F.scaled_dot_product_attention, q, k, attn_mask=mask, scale=scale)
+    return branch(v) + strength * branch(a)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dim", [40, 64, 80, 160, 7])
+def test_attention_of_real_shapes(dim: int, dtype: torch.dtype) -> None:
+    """In both layouts, as views and as copies, with all that it takes; 154 keys for 77 tokens."""
+    random = torch.Generator().manual_seed(dim)
+    draw = partial(torch.randn, generator=random)
+    batch, heads, queries, keys = 2, 3, 131, 154
+    q, k, v = (draw(batch, n, heads * dim).to(dtype) for n in (queries, keys, keys))
+    a, mask = draw(batch, 77, heads * dim), draw(1, heads, queries, keys)
+    mask[:, :, 5, 9:] = -math.inf
+    region, strength = draw(batch, queries), [0.0, 0.7]
+
+    def split(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (heads, dim)).transpose(1, 2)
+
+    repeated = split(a.repeat(1, 2, 1))
+    exact = two_branches(
+        *(split(x).float() for x in (q, k, v)), repeated,
+        torch.tensor(strength)[:, None, None, None] * region[:, None, :, None], mask, 0.1,
+    )  # fmt: skip
+    options: Any = {"strength": strength, "scale": 0.1, "mask": mask, "query_mask": region}
+    flat = torch.from_dlpack(vmix.attention(q, k, v, a, heads=heads, **options))
+    views = torch.from_dlpack(vmix.attention(split(q), split(k), split(v), a, **options))
+    dense = (split(x).contiguous() for x in (q, k, v))
+    copies = torch.from_dlpack(vmix.attention(*dense, a, **options))
+    assert torch.equal(views, copies)
+    assert torch.equal(flat, views.transpose(1, 2).flatten(2))
+    assert views.dtype == dtype
+    # Sums of 154 in f32 in another order, of values up to 10; rounded once to the dtype.
+    rounding = {torch.float32: 0.0, torch.float16: 2**-11, torch.bfloat16: 2**-8}[dtype]
+    torch.testing.assert_close(views.float(), exact, rtol=rounding, atol=2e-5)
+    off = vmix.attention(q, k, v, a, [0.0, 0.0], heads)
+    assert torch.equal(
+        torch.from_dlpack(off), torch.from_dlpack(vmix.attention(q, k, v, heads=heads))
+    )
+
+
+def test_threads_and_kernels() -> None:
+    everything = vmix.get_num_threads()
+    q, k = torch.randn(1, 600, 80), torch.randn(1, 77, 80)
+    results = []
+    for count in (1, 2, 0):
+        vmix.set_num_threads(count)
+        results.append(torch.from_dlpack(vmix.attention(q, k, k, k[0], 1.0, 2)))
+    assert vmix.get_num_threads() == everything
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+    program = (
+        "import sys, torch, vmix\n"
+        "x = torch.arange(60.0).reshape(1, 6, 10) / 60\n"
+        "try: print(torch.from_dlpack(vmix.attention(x, x, x, x[0], 1.0, 2)).sum().item())\n"
+        "except vmix.VMixError as error: print(error)\n"
+    )
+
+    def said(kernel: str) -> str:
+        run = subprocess.run(
+            [sys.executable, "-c", program], env={**os.environ, "VMIX_KERNEL": kernel},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return run.stdout.strip()
+
+    expected = (
+        r"VMIX_KERNEL: expected one of plain, portable.*, which this processor has, found `fast`"
+    )
+    assert re.fullmatch(expected, said("fast"))
+    assert float(said("portable")) == pytest.approx(float(said("plain")), rel=1e-6)
+    assert float(said("")) == pytest.approx(float(said("plain")), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"heads": None}, "heads: expected a number, since query has three dimensions"),
+        ({"heads": 3}, "heads: expected a divisor of the width 4 of query, found 3"),
+        ({"aes_value": torch.ones(4)}, "aes_value: expected shape .*context tokens"),
+        ({"mask": torch.ones(4)}, "mask: expected shape .*queries, keys"),
+        ({"mask": torch.ones(3, 2)}, "mask: expected shape"),
+        ({"query_mask": torch.ones(2)}, r"query_mask: expected shape \[batch, queries\]"),
+        ({"key": torch.ones(1, 2, 2, 2)}, "key: expected as many dimensions as query has"),
+        ({"strength": [1.0, 1.0]}, "strength: expected 1 number, found 2"),
+    ],
+)
+def test_attention_that_does_not_fit(change: dict[str, Any], message: str) -> None:
+    good = torch.ones(1, 2, 4)
+    given = {"query": good, "key": good, "value": good, "aes_value": good[0], "heads": 2}
+    with pytest.raises(vmix.VMixError, match=message):
+        vmix.attention(**{**given, **change})
 
 
 @pytest.mark.parametrize(

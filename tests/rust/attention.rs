@@ -7,7 +7,8 @@ use half::{bf16, f16};
 use proptest::array::{uniform4, uniform8};
 use proptest::{bool::weighted, collection::vec, option, prelude::*, sample::select};
 use vmix::{
-    Attention, DType, Data, Result, Tensor, TensorView, TensorViewMut, attention, mix_values,
+    Attention, DType, Data, Kernel, Result, Tensor, TensorView, TensorViewMut, attention,
+    mix_values,
 };
 
 /// How a tensor lies in memory: its dtype, its dimensions from the outermost on, by how much the
@@ -103,6 +104,15 @@ impl Host {
         rest.words.iter().all(|word| *word == AROUND)
     }
 
+    /// Between its numbers, relative to them.
+    fn dtype_step(&self) -> f64 {
+        match self.dtype {
+            DType::F32 => 0.0,
+            DType::F16 => 2f64.powi(-10),
+            DType::BF16 => 2f64.powi(-7),
+        }
+    }
+
     fn view(&self, name: &str) -> Result<TensorView<'_>> {
         let first = |first| self.words.as_ptr().cast::<u8>().wrapping_add(first);
         let data = self.first.map_or(ptr::null(), first);
@@ -152,9 +162,25 @@ struct Case {
     query_mask: Option<Host>,
     output: Host,
     map: Option<(Host, usize)>,
+    kernel: Option<Kernel>,
+}
+
+/// All that this processor has.
+fn kernels() -> impl Iterator<Item = Kernel> {
+    Kernel::ALL
+        .into_iter()
+        .filter(|kernel| kernel.is_available())
 }
 
 impl Case {
+    /// With every kernel.
+    fn each(&self) -> impl Iterator<Item = Self> {
+        kernels().map(|kernel| Self {
+            kernel: Some(kernel),
+            ..self.clone()
+        })
+    }
+
     fn forward(&mut self, aesthetic: bool) -> Result<()> {
         let (query, key) = (self.query.view("query")?, self.key.view("key")?);
         let mut attention = Attention::new(query, key, self.value.view("value")?);
@@ -163,6 +189,7 @@ impl Case {
         attention.mask = view(self.mask.as_ref(), "mask")?;
         attention.query_mask = view(self.query_mask.as_ref(), "query_mask")?;
         (attention.scale, attention.strength) = (self.scale, &self.strength);
+        attention.kernel = self.kernel;
         let mut output = self.output.view_mut("output")?;
         let Some((map, head)) = &mut self.map else {
             return attention.forward(&mut output, None);
@@ -245,9 +272,13 @@ fn close(host: &Host, index: [usize; 4], expected: f64) {
 
 prop_compose! {
     /// Tensors that fit together. Outputs, and the values if they are to be mixed, do not repeat.
-    fn cases(mixed: bool)(
-        (batch, queries, heads, dim) in (1..4usize, 1..7usize, 1..5usize, 1..10usize),
-        (tokens, chunks) in (1..7usize, 1..4usize),
+    fn cases(mixed: bool, large: bool)(
+        (batch, queries, heads, dim) in if large {
+            (1..3usize, 1..100usize, 1..3usize, 1..200usize)
+        } else {
+            (1..4usize, 1..7usize, 1..5usize, 1..10usize)
+        },
+        (tokens, chunks) in (if large { 1..80usize } else { 1..7usize }, 1..4usize),
         [q, k, mut v, a, m, r, mut o, mut p] in uniform8(memory()),
         [by_entry, merged, one] in any::<[bool; 3]>(),
         mut strength in vec(prop_oneof![Just(0.0), Just(-0.0), -2f32..2.0, -2f32..2.0], 3),
@@ -287,33 +318,71 @@ prop_compose! {
                 let first = first % heads;
                 (Host::new(p, [batch, queries, count.min(heads - first), keys], []), first)
             }),
+            kernel: None,
         }
     }
 }
 
 proptest! {
     #[test]
-    fn forward_is_the_papers_two_branches_in_any_layout(mut case in cases(false)) {
-        case.forward(true).unwrap();
-        case.check();
+    fn forward_is_the_papers_two_branches_in_any_layout(case in cases(false, false)) {
+        for mut case in case.each() {
+            case.forward(true).unwrap();
+            case.check();
+        }
     }
 
     #[test]
-    fn batch_entries_of_strength_0_are_bit_identical_to_ones_without_v_a(mut case in cases(false)) {
-        let mut plain = case.clone();
-        plain.forward(false).unwrap();
-        // Not even NaN in V_a makes a difference then, or ever to the maps.
-        indices(case.v_a.shape).for_each(|index| case.v_a.set(index, AROUND));
-        case.forward(true).unwrap();
-        for index in indices(case.output.shape).filter(|i| case.strength(i[0]) == 0.0) {
-            prop_assert_eq!(case.output.bits(index), plain.output.bits(index));
+    fn any_number_of_threads_gives_the_same_bits(case in cases(false, true), threads in 2..5usize) {
+        for mut one in case.each() {
+            let mut many = one.clone();
+            vmix::threads::set(1);
+            one.forward(true).unwrap();
+            vmix::threads::set(threads);
+            many.forward(true).unwrap();
+            prop_assert_eq!(one.output.words, many.output.words);
+            prop_assert_eq!(one.map.map(|(map, _)| map.words), many.map.map(|(map, _)| map.words));
         }
-        prop_assert_eq!(case.map.map(|(map, _)| map.words), plain.map.map(|(map, _)| map.words));
+    }
+
+    #[test]
+    fn batch_entries_of_strength_0_are_bit_identical_to_ones_without_v_a(case in cases(false, false)) {
+        for mut case in case.each() {
+            let mut plain = case.clone();
+            plain.forward(false).unwrap();
+            // Not even NaN in V_a makes a difference then, or ever to the maps.
+            indices(case.v_a.shape).for_each(|index| case.v_a.set(index, AROUND));
+            case.forward(true).unwrap();
+            for index in indices(case.output.shape).filter(|i| case.strength(i[0]) == 0.0) {
+                prop_assert_eq!(case.output.bits(index), plain.output.bits(index));
+            }
+            prop_assert_eq!(case.map.map(|(map, _)| map.words), plain.map.map(|(map, _)| map.words));
+        }
+    }
+
+    /// Of sizes that fill tiles and leave rests, with scores up to ±10⁴.
+    #[test]
+    fn kernels_agree(mut case in cases(false, true), extreme in prop_oneof![Just(1f32), 1f32..1e4]) {
+        let dim = case.query.shape[3] as f32;
+        case.scale = Some(extreme / dim);
+        let mut plain = Case { kernel: Some(Kernel::Plain), ..case.clone() };
+        plain.forward(true).unwrap();
+        // A score of s is s·2⁻²² off, and so is the logarithm of a weight; values are at most 6.
+        let tolerance = f64::from(extreme) * 4.0 * 4e-6 + 2e-5;
+        for mut case in case.each() {
+            case.forward(true).unwrap();
+            prop_assert!(case.output.is_clean());
+            for index in indices(case.output.shape) {
+                let [found, expected] = [&case, &plain].map(|case| case.output.get(index));
+                let step = case.output.dtype_step() * expected.abs();
+                prop_assert!((found - expected).abs() <= tolerance + step, "{:?} {index:?}: {found} for {expected}", case.kernel);
+            }
+        }
     }
 
     #[test]
     fn mixed_values_are_rounded_once_or_not_touched(
-        mut case in cases(true),
+        mut case in cases(true, false),
         // Anything, and more often zeros with a sign and NaNs with a payload, of all dtypes.
         bits in vec(prop_oneof![any::<u32>(), select(vec![1 << 31, 1 << 15, 0x7F81_7F81])], 97),
     ) {
@@ -352,15 +421,112 @@ fn plain(batch: usize, queries: usize, keys: usize, heads: usize, dim: usize) ->
         query_mask: Some(dense([batch, queries, 1, 1])),
         output: Host::new(DENSE, [batch, queries, heads, dim], []),
         map: Some((Host::new(DENSE, [batch, queries, 1, keys], []), heads - 1)),
+        kernel: None,
     }
+}
+
+/// What no number is, and what is hidden, with every kernel.
+#[test]
+fn masks_that_hide_or_are_no_numbers() {
+    for kernel in kernels() {
+        for (mask, expected) in [
+            (f32::NEG_INFINITY, Some(0.0)),
+            (f32::INFINITY, None),
+            (f32::NAN, None),
+        ] {
+            let mut case = Case {
+                kernel: Some(kernel),
+                ..plain(1, 7, 20, 2, 19)
+            };
+            let mut hidden = dense([1, 7, 2, 20]);
+            // All keys of the third query, of one head.
+            for j in 0..20 {
+                hidden.set([0, 2, 1, j], mask.to_bits());
+            }
+            case.mask = Some(hidden);
+            case.forward(true).unwrap();
+            for index in indices(case.output.shape) {
+                let found = case.output.get(index);
+                match expected {
+                    _ if index[1..3] != [2, 1] => assert!(found.is_finite() && found != 0.0),
+                    Some(expected) => assert_eq!(found, expected, "{kernel}"),
+                    None => assert!(found.is_nan(), "{kernel}"),
+                }
+            }
+        }
+    }
+}
+
+/// The result may replace the query, also where tiles overlap at a block's end.
+#[test]
+fn results_in_the_place_of_the_query() {
+    for kernel in kernels() {
+        for queries in [1, 4, 5, 41, 83] {
+            let mut case = Case {
+                kernel: Some(kernel),
+                ..plain(2, queries, 20, 3, 40)
+            };
+            case.map = None;
+            case.forward(true).unwrap();
+            let mut place = case.query.clone();
+            let (data, dtype) = (place.words.as_mut_ptr().cast::<u8>(), DType::F32);
+            let data = data.wrapping_add(place.first.unwrap());
+            // SAFETY: `place` has all elements, and nobody else uses them.
+            let (query, mut output) = unsafe {
+                (
+                    TensorView::from_raw("query", data, dtype, place.shape, place.strides).unwrap(),
+                    TensorViewMut::from_raw("output", data, dtype, place.shape, place.strides)
+                        .unwrap(),
+                )
+            };
+            let (key, value) = (
+                case.key.view("key").unwrap(),
+                case.value.view("value").unwrap(),
+            );
+            let mut attention = Attention::new(query, key, value);
+            attention.aes_value = Some(case.v_a.view("aes_value").unwrap());
+            let masks = (
+                case.mask.as_ref().unwrap(),
+                case.query_mask.as_ref().unwrap(),
+            );
+            attention.mask = Some(masks.0.view("mask").unwrap());
+            attention.query_mask = Some(masks.1.view("query_mask").unwrap());
+            (attention.strength, attention.kernel) = (&case.strength, case.kernel);
+            attention.forward(&mut output, None).unwrap();
+            assert_eq!(
+                place.words, case.output.words,
+                "{kernel}, {queries} queries"
+            );
+        }
+    }
+}
+
+#[test]
+fn a_kernel_that_is_not_there() {
+    let Some(kernel) = Kernel::ALL
+        .into_iter()
+        .find(|kernel| !kernel.is_available())
+    else {
+        return; // this processor has all
+    };
+    let mut case = Case {
+        kernel: Some(kernel),
+        ..plain(1, 1, 2, 1, 1)
+    };
+    let error = case.forward(true).unwrap_err().to_string();
+    assert!(
+        error.starts_with("kernel: expected a kernel that this processor has"),
+        "{error}"
+    );
 }
 
 /// More scores than are computed at a time.
 #[test]
 fn forward_of_many_tokens() {
-    let mut case = plain(1, 1050, 1024, 2, 3);
-    case.forward(true).unwrap();
-    case.check();
+    for mut case in plain(1, 1050, 1024, 2, 3).each() {
+        case.forward(true).unwrap();
+        case.check();
+    }
 }
 
 /// What is wrong, and how an error about it starts and ends. The first 9 are of `mix_values`, too.

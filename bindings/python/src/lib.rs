@@ -31,7 +31,7 @@ mod _native {
     #[pymodule_export]
     use super::adapter::{Adapter, Label, Layer, ldm_name, open, unet_layers};
     #[pymodule_export]
-    use super::attention::attention;
+    use super::attention::{attention, get_num_threads, set_num_threads};
     #[pymodule_export]
     use super::init::{
         ClipOutput, TextEncoder, Tokenizer, clip_merges, init_adapter, read_label_list,

@@ -6,7 +6,7 @@ use dlpark::{
     DlpackFlags, Managed, ManagedTensorBase,
     ffi::{DLDataType, DLDevice, DLManagedTensor, DLManagedTensorVersioned},
     metadata::Dynamic,
-    python::{DlpackExporter, ExportRequest, export_dlpack, from_dlpack},
+    python::{DlpackExporter, ExportRequest, ImportedDlpack, export_dlpack, from_dlpack},
     tensor::TensorRef,
 };
 use half::{bf16, f16};
@@ -15,9 +15,9 @@ use pyo3::{
     prelude::*,
     types::PyTuple,
 };
-use vmix::{DType, Data};
+use vmix::{DType, Data, TensorView};
 
-use crate::{VMixError, selection::type_name};
+use crate::{VMixError, selection::type_name, to_py};
 
 /// A read-only tensor that torch and numpy take without a copy.
 #[pyclass(module = "vmix", frozen)]
@@ -113,56 +113,154 @@ impl DlpackExporter for Tensor {
 
 /// Copies a tensor of any library in; `name` is what messages call it.
 pub fn import(name: &str, object: &Bound<'_, PyAny>) -> PyResult<vmix::Tensor> {
-    let refuse = |expected: &str, found: &str| {
-        VMixError::new_err(format!("{name}: expected {expected}, found {found}"))
+    let borrowed = Borrowed::new(name, object)?;
+    let tensor = borrowed.validated()?;
+    let elements = match borrowed.dtype {
+        DType::F32 => gather(&tensor).map(Data::F32),
+        DType::F16 => gather(&tensor).map(Data::F16),
+        DType::BF16 => gather(&tensor).map(Data::BF16),
     };
-    if !object.hasattr("__dlpack__")? {
-        return Err(PyTypeError::new_err(format!(
-            "{name}: expected a tensor (torch, numpy or anything with __dlpack__), found {}",
-            type_name(object)
-        )));
-    }
-    // DLPack would take it, and gradients would end here without a word.
-    if let Ok(flag) = object.getattr("requires_grad")
-        && flag.is_truthy()?
-    {
-        let expected = "a tensor outside of autograd (call .detach())";
-        return Err(refuse(expected, "one that requires grad"));
-    }
-    // torch refuses to name devices that DLPack has no number for.
-    let device = object.call_method0("__dlpack_device__");
-    let device = device.and_then(|device| device.extract::<(u32, i32)>());
-    if !device.is_ok_and(|(kind, _)| kind == DLDevice::CPU.device_type.0) {
-        let found = match object.getattr("device") {
-            Ok(device) => format!("one on {device}"),
-            Err(_) => "one elsewhere".to_owned(),
-        };
-        return Err(refuse("a tensor on the CPU (call .cpu())", &found));
-    }
-    let imported = from_dlpack(object.as_borrowed(), None, None).map_err(|e| {
-        refuse(
-            "a tensor that DLPack can share",
-            &e.value(object.py()).to_string(),
-        )
-    })?;
-    let tensor = imported
-        .validate()
-        .map_err(|e| refuse("a valid DLPack tensor", &e.to_string()))?;
-    let dtype = tensor.dtype();
-    let elements = if dtype == DLDataType::of::<f32>() {
-        gather(&tensor).map(Data::F32)
-    } else if dtype == DLDataType::of::<f16>() {
-        gather(&tensor).map(Data::F16)
-    } else if dtype == DLDataType::of::<bf16>() {
-        gather(&tensor).map(Data::BF16)
-    } else {
-        let found = object.getattr("dtype").map(|d| d.to_string());
-        let found = found.unwrap_or_else(|_| format!("{dtype:?}"));
-        return Err(refuse(&DType::NAMES.join(", "), &found));
-    };
-    let data = elements.map_err(|e| refuse("a valid DLPack tensor", &e))?;
+    let data = elements.map_err(|e| refuse(name, "a valid DLPack tensor", &e))?;
     let shape: Vec<usize> = tensor.shape().iter().map(|&n| n as usize).collect();
     Ok(vmix::Tensor::new(shape, data))
+}
+
+/// A tensor of any library, where it lies.
+pub struct Borrowed {
+    name: String,
+    imported: ImportedDlpack,
+    pub dtype: DType,
+}
+
+fn refuse(name: &str, expected: &str, found: &str) -> PyErr {
+    VMixError::new_err(format!("{name}: expected {expected}, found {found}"))
+}
+
+impl Borrowed {
+    /// `name` is what messages call it.
+    pub fn new(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let refuse = |expected: &str, found: &str| refuse(name, expected, found);
+        if !object.hasattr("__dlpack__")? {
+            return Err(PyTypeError::new_err(format!(
+                "{name}: expected a tensor (torch, numpy or anything with __dlpack__), found {}",
+                type_name(object)
+            )));
+        }
+        // DLPack would take it, and gradients would end here without a word.
+        if let Ok(flag) = object.getattr("requires_grad")
+            && flag.is_truthy()?
+        {
+            let expected = "a tensor outside of autograd (call .detach())";
+            return Err(refuse(expected, "one that requires grad"));
+        }
+        // torch refuses to name devices that DLPack has no number for.
+        let device = object.call_method0("__dlpack_device__");
+        let device = device.and_then(|device| device.extract::<(u32, i32)>());
+        if !device.is_ok_and(|(kind, _)| kind == DLDevice::CPU.device_type.0) {
+            let found = match object.getattr("device") {
+                Ok(device) => format!("one on {device}"),
+                Err(_) => "one elsewhere".to_owned(),
+            };
+            return Err(refuse("a tensor on the CPU (call .cpu())", &found));
+        }
+        let imported = from_dlpack(object.as_borrowed(), None, None).map_err(|e| {
+            refuse(
+                "a tensor that DLPack can share",
+                &e.value(object.py()).to_string(),
+            )
+        })?;
+        let dtype = imported
+            .validate()
+            .map_err(|e| refuse("a valid DLPack tensor", &e.to_string()))?
+            .dtype();
+        let dtype = if dtype == DLDataType::of::<f32>() {
+            DType::F32
+        } else if dtype == DLDataType::of::<f16>() {
+            DType::F16
+        } else if dtype == DLDataType::of::<bf16>() {
+            DType::BF16
+        } else {
+            let found = object.getattr("dtype").map(|d| d.to_string());
+            let found = found.unwrap_or_else(|_| format!("{dtype:?}"));
+            return Err(refuse(&DType::NAMES.join(", "), &found));
+        };
+        let name = name.to_owned();
+        Ok(Self {
+            name,
+            imported,
+            dtype,
+        })
+    }
+
+    /// The elements, with as many dimensions as asked for: `view` says which of the tensor's
+    /// (counted from the last; none: of size 1) is the batch, the tokens, the heads and the head
+    /// dim. Where heads and head dim are one dimension, `heads` splits it.
+    pub fn view(
+        &self,
+        order: [Option<usize>; 4],
+        heads: Option<usize>,
+    ) -> PyResult<TensorView<'_>> {
+        let tensor = self.validated()?;
+        let invalid =
+            |e: &dyn std::fmt::Display| refuse(&self.name, "a valid DLPack tensor", &e.to_string());
+        let sizes = tensor.shape();
+        let strides = tensor.strides_or_compact().map_err(|e| invalid(&e))?;
+        let place = |i: Option<usize>| i.and_then(|i| sizes.len().checked_sub(i + 1));
+        let size = |i| place(i).map_or(1, |i| sizes[i] as usize);
+        let stride = |i| place(i).map_or(0, |i| strides[i] as isize);
+        let mut shape = order.map(size);
+        let mut strides = order.map(stride);
+        if let Some(heads) = heads {
+            if heads == 0 || shape[3] == 0 || shape[3] % heads != 0 {
+                let expected = format!("a divisor of the width {} of {}", shape[3], self.name);
+                return Err(refuse("heads", &expected, &heads.to_string()));
+            }
+            let dim = shape[3] / heads;
+            (shape[2], shape[3]) = (heads, dim);
+            strides[2] = strides[3].wrapping_mul(dim as isize);
+        }
+        let data: *const u8 = match (tensor.num_elements(), self.dtype) {
+            (0, _) => std::ptr::null(),
+            // SAFETY: here and below, the offset is inside the tensor, which was validated.
+            (_, DType::F32) => unsafe { tensor.offset_data_ptr::<f32>() }
+                .map_err(|e| invalid(&e))?
+                .cast(),
+            // SAFETY: as above.
+            (_, DType::F16) => unsafe { tensor.offset_data_ptr::<f16>() }
+                .map_err(|e| invalid(&e))?
+                .cast(),
+            // SAFETY: as above.
+            (_, DType::BF16) => unsafe { tensor.offset_data_ptr::<bf16>() }
+                .map_err(|e| invalid(&e))?
+                .cast(),
+        };
+        // SAFETY: a validated DLPack tensor on the CPU is readable while its owner is held, which
+        // the view borrows.
+        unsafe { TensorView::from_raw(&self.name, data, self.dtype, shape, strides) }.map_err(to_py)
+    }
+
+    /// Sizes of its dimensions.
+    pub fn shape(&self) -> PyResult<Vec<usize>> {
+        Ok(self
+            .validated()?
+            .shape()
+            .iter()
+            .map(|&n| n as usize)
+            .collect())
+    }
+
+    pub fn wrong_shape(&self, expected: &str) -> PyErr {
+        let found = self
+            .shape()
+            .map_or("another".into(), |shape| format!("shape {shape:?}"));
+        refuse(&self.name, expected, &found)
+    }
+
+    fn validated(&self) -> PyResult<TensorRef<'_>> {
+        let invalid =
+            |e: &dyn std::fmt::Display| refuse(&self.name, "a valid DLPack tensor", &e.to_string());
+        self.imported.validate().map_err(|e| invalid(&e))
+    }
 }
 
 /// The elements in row-major order, whatever the strides.
