@@ -5,10 +5,11 @@
 Shapes of SD1.5's and SDXL's cross-attention, batch 2, f32, 77 keys, tensors [B, L, H·D] as a U-Net
 has them. `one branch` is torch's attention without VMix, `two` the paper's literal formula in torch
 (eq. 9), `vmix` the same result with λ mixed in. All three take turns in one process; ratios are
-medians over the turns of times in the same turn. Before each, a pause, until threads that spin have
-gone to sleep. The peak is what a core does of fused multiply-adds in registers (benches/peak.c), of
-which vmix reaches the share in the column "of peak": its two products, with nothing counted for the
-softmax.
+medians over the turns of times in the same turn. Before each comes a pause, until the other's
+threads, which spin, have gone to sleep, and as long a run that is not timed, until its own are
+awake and have a core each. The peak is what a core does of fused multiply-adds in registers
+(benches/peak.c), of which vmix reaches the share in the column "of peak": its two products, with
+nothing counted for the softmax.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ def peak() -> float:
 
 def timed(work: Callable[[], object]) -> float:
     time.sleep(PAUSE)
+    awake = time.perf_counter() + PAUSE
+    while time.perf_counter() < awake:
+        work()
     start = time.perf_counter()
     work()
     return time.perf_counter() - start

@@ -23,6 +23,31 @@ pub fn set(count: usize) {
     WANTED.store(count, Ordering::Relaxed);
 }
 
+/// Calls that compute at this moment.
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+
+/// A call's share of the threads, while it computes in the thread that makes it and in some of the
+/// pool's: of a host's own threads that call at the same time, each has fewer.
+pub(crate) struct Share(usize);
+
+impl Share {
+    pub fn take() -> Self {
+        let calls = CALLS.fetch_add(1, Ordering::Relaxed) + 1;
+        Self((count() / calls).max(1))
+    }
+
+    /// One at least: the caller's.
+    pub fn threads(&self) -> usize {
+        self.0
+    }
+}
+
+impl Drop for Share {
+    fn drop(&mut self) {
+        CALLS.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// All items, in their order, on at most [`count`] threads.
 pub(crate) fn try_map<T: Sync, R: Send, E: Send>(
     items: &[T],

@@ -127,7 +127,8 @@ pub(super) fn forward(
     let block = SCORES / engine.padded_keys() / step * step;
     let block = block.clamp(step, BLOCK.next_multiple_of(step));
     let block = block.min(shape[1].next_multiple_of(step));
-    let threads = threads::count();
+    let share = threads::Share::take();
+    let threads = share.threads();
     let parts = Parts::new(shape, threads, block);
     let work = Work {
         checked,
@@ -152,8 +153,7 @@ pub(super) fn forward(
         run(own);
         return Ok(());
     }
-    // The thread that asks waits, so that all that ask share the pool's threads.
-    rayon::scope(|scope| {
+    rayon::in_place_scope(|scope| {
         let run = &run;
         for scratch in others {
             scope.spawn(move |_| run(scratch));
