@@ -48,7 +48,7 @@ test: setup ## all tests but the slow ones
 test-kernels:
 	for kernel in plain portable $$(grep -ow -m1 avx2 /proc/cpuinfo) $$(grep -ow -m1 avx512f /proc/cpuinfo | sed s/f//); do \
 		echo "kernel: $$kernel"; \
-		VMIX_KERNEL=$$kernel cargo test --locked --test integration attention -q || exit 1; \
+		VMIX_KERNEL=$$kernel cargo test --locked --workspace --test integration attention -q || exit 1; \
 	done
 
 test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hosts, sanitizers, fuzzing
