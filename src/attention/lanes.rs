@@ -47,28 +47,49 @@ pub(super) unsafe trait Lanes: Copy {
     unsafe fn sum(v: Self::V) -> f32;
 }
 
-/// How columns are packed: panels of vectors, one after the other, each with all of its rows.
+/// How columns are packed: panels of vectors, one after the other, each with all of its rows. The
+/// first ones may have a vector more than the rest.
 #[derive(Debug, Clone)]
 pub(super) struct Panels {
     /// Columns that there are.
     pub columns: usize,
     /// Numbers of a vector.
     lanes: usize,
-    /// First vector of each panel, and how many it has.
-    parts: Vec<(usize, usize)>,
+    count: usize,
+    /// Vectors of each panel, and how many have one more.
+    vectors: usize,
+    wider: usize,
 }
 
 impl Panels {
     pub fn new<L: Lanes>(columns: usize) -> Self {
         let vectors = columns.div_ceil(L::N);
         let count = vectors.div_ceil(L::PANEL).max(1);
-        let place = |i: usize| i * vectors / count;
         Self {
             columns,
             lanes: L::N,
-            parts: (0..count)
-                .map(|i| (place(i), place(i + 1) - place(i)))
-                .collect(),
+            count,
+            vectors: vectors / count,
+            wider: vectors % count,
+        }
+    }
+
+    /// First vector of each panel, and how many it has.
+    fn parts(&self) -> impl Iterator<Item = (usize, usize)> {
+        (0..self.count).map(|i| self.part(i))
+    }
+
+    fn part(&self, i: usize) -> (usize, usize) {
+        let first = i * self.vectors + i.min(self.wider);
+        (first, self.vectors + usize::from(i < self.wider))
+    }
+
+    /// The panel of a vector.
+    fn of(&self, vector: usize) -> usize {
+        let in_wider = self.wider * (self.vectors + 1);
+        match vector.checked_sub(in_wider) {
+            None => vector / (self.vectors + 1),
+            Some(rest) => self.wider + rest / self.vectors,
         }
     }
 
@@ -77,14 +98,14 @@ impl Panels {
         self.columns.next_multiple_of(self.lanes)
     }
 
-    /// Rows of the tiles of the first panel, which may be its widest.
+    /// Rows of the tiles of the widest panel.
     pub fn rows<L: Lanes>(&self) -> usize {
-        L::ROWS[self.parts[0].1 - 1]
+        L::ROWS[self.part(0).1 - 1]
     }
 
     /// Packs one of `rows` rows.
     pub fn pack_row(&self, packed: &mut [f32], rows: usize, row: usize, values: &[f32]) {
-        for (first, vectors) in &self.parts {
+        for (first, vectors) in self.parts() {
             let (start, width) = (first * self.lanes, vectors * self.lanes);
             let at = start * rows + row * width;
             let part = &values[start..self.columns.min(start + width)];
@@ -94,10 +115,7 @@ impl Panels {
 
     /// Packs one column, each number times `factor`.
     pub fn pack_column(&self, packed: &mut [f32], column: usize, values: &[f32], factor: f32) {
-        let vector = column / self.lanes;
-        let holds =
-            |(first, vectors): &&(usize, usize)| (*first..first + vectors).contains(&vector);
-        let (first, vectors) = self.parts.iter().find(holds).expect("a column of these");
+        let (first, vectors) = self.part(self.of(column / self.lanes));
         let (start, width) = (first * self.lanes, vectors * self.lanes);
         let panel = &mut packed[start * values.len()..][..width * values.len()];
         for (row, x) in panel.chunks_exact_mut(width).zip(values) {
@@ -242,8 +260,7 @@ unsafe fn scores<L: Lanes>(plan: &Plan, block: &mut Block<'_>) {
     unsafe {
         let scores = block.scores.as_mut_ptr();
         let bias = L::load(plan.bias.as_ptr());
-        for (first, vectors) in &plan.keys.parts {
-            let (first, vectors) = (*first, *vectors);
+        for (first, vectors) in plan.keys.parts() {
             let panel = block.keys.as_ptr().add(first * L::N * dim);
             for_tiles!(L, vectors, block.count, |row, M, NV| {
                 let query = block.query.offset(row as isize * block.query_stride);
@@ -325,8 +342,7 @@ unsafe fn mixed<L: Lanes, const REGIONAL: bool>(
     // SAFETY: as in `scores`; values are packed by this plan, and `count` rows of `dim` numbers can
     // be written.
     unsafe {
-        for (first, vectors) in &plan.values.parts {
-            let (first, vectors) = (*first, *vectors);
+        for (first, vectors) in plan.values.parts() {
             let at = first * L::N * keys;
             // Numbers of the panel's last vector that there are.
             let rest = (dim - (first + vectors - 1) * L::N).min(L::N);
@@ -363,5 +379,38 @@ unsafe fn mixed<L: Lanes, const REGIONAL: bool>(
                 }
             });
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::x86::*, *};
+
+    fn check<L: Lanes>(columns: usize) {
+        let panels = Panels::new::<L>(columns);
+        let mut next = 0;
+        for (i, (first, vectors)) in panels.parts().enumerate() {
+            assert_eq!(first, next);
+            assert!((1..=L::PANEL).contains(&vectors));
+            assert!((first..first + vectors).all(|vector| panels.of(vector) == i));
+            assert!(vectors <= panels.part(0).1);
+            next = first + vectors;
+        }
+        assert_eq!(next * L::N, panels.padded());
+    }
+
+    #[test]
+    fn panels_hold_every_vector_once() {
+        for columns in 1..1000 {
+            check::<Avx512>(columns);
+            check::<Avx2>(columns);
+        }
+    }
+
+    /// Sizes that no memory holds are refused later, with words: nothing here grows with them.
+    #[test]
+    fn plans_of_any_size_are_small() {
+        let plan = Plan::new::<Avx512>(1 << 58, 1 << 57);
+        assert!(plan.keys.padded() >= 1 << 58);
     }
 }
