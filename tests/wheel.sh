@@ -23,7 +23,10 @@ except vmix.VMixError as error:
     assert "absent.safetensors" in str(error)
 else:
     raise AssertionError("a file that does not exist was opened")
-assert (pathlib.Path(vmix.__file__).parent / "_native.pyi").exists()
+package = pathlib.Path(vmix.__file__).parent
+assert (package / "_native.pyi").exists()
+for base in ("sd15", "sdxl"):
+    assert (package / "train" / "configs" / base / "unet" / "config.json").exists(), base
 licences = {path.name for path in pathlib.Path(vmix.__file__).parents[1].rglob("LICENSE-*")}
 assert licences == {"LICENSE-MIT", "LICENSE-APACHE", "LICENSE-CLIP"}, licences
 PYTHON
