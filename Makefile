@@ -17,8 +17,8 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 COMFY_VENV ?= target/comfy-venv/$(notdir $(COMFYUI_PATH))
 COMFY_PY := $(COMFY_VENV)/bin/python
 
-.PHONY: help setup test test-kernels test-c test-full test-extras test-comfy fuzz lint demo demo-report bench bench-c \
-	bench-attention bench-comfy bench-train headers wheel install requirements clean
+.PHONY: help setup test test-kernels test-c test-full test-extras test-comfy fuzz lint demo demo-report \
+	release-native bench bench-c bench-attention bench-comfy bench-train headers wheel install requirements clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -116,10 +116,13 @@ demo: setup ## out/demo/grid.png and a table: prompts with and without VMix
 demo-report: setup ## measures everything that docs/demo/README.md states, and writes it
 	$(PY) examples/demo/report.py
 
-bench: .venv/ready ## ratios to vanilla diffusers, to safetensors + torch, and to transformers
+# The native module as wheels have it, in the place of the one for tests.
+release-native: .venv/ready
 	cargo build --locked --release --workspace
 	cp target/release/lib_native.$(NATIVE) python/vmix/_native.abi3.so.new
 	mv python/vmix/_native.abi3.so.new python/vmix/_native.abi3.so
+
+bench: release-native ## ratios to vanilla diffusers, to safetensors + torch, and to transformers
 	$(PY) benches/bench_values.py
 	$(PY) benches/bench_diffusers.py
 	$(PY) benches/bench_encoder.py
@@ -127,10 +130,7 @@ bench: .venv/ready ## ratios to vanilla diffusers, to safetensors + torch, and t
 bench-train: setup ## step time and memory of the trainer, as ratios to a LoRA's
 	$(PY) benches/bench_train.py
 
-bench-attention: .venv/ready ## value-mixed attention, as ratios to torch's
-	cargo build --locked --release --workspace
-	cp target/release/lib_native.$(NATIVE) python/vmix/_native.abi3.so.new
-	mv python/vmix/_native.abi3.so.new python/vmix/_native.abi3.so
+bench-attention: release-native ## value-mixed attention, as ratios to torch's
 	$(PY) benches/bench_attention.py
 
 bench-comfy: $(COMFY_VENV)/ready ## ratios to a vanilla ComfyUI, of COMFYUI_PATH

@@ -1,6 +1,6 @@
 """Value-mixed attention next to torch's scaled_dot_product_attention: make bench-attention.
 
-    python benches/bench_attention.py [--turns 21] [--threads 1,2] [--markdown]
+    python benches/bench_attention.py [--turns 21] [--threads 1,2]
 
 Shapes of SD1.5's and SDXL's cross-attention, batch 2, f32, 77 keys, tensors [B, L, H·D] as a U-Net
 has them. `one branch` is torch's attention without VMix, `two` the paper's literal formula in torch

@@ -8,7 +8,7 @@ const ROWS: usize = 128;
 
 /// rows·Wᵀ in f32, for rows \[m, k\] and a weight W \[n, k\]. The error says what was not finite.
 pub(crate) fn times_transposed(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
-    let out = product(rows, weight)?;
+    let out = times_unchecked(rows, weight)?;
     if !all_finite(&out) {
         return Err("values that overflow float32 at these label weights".to_owned());
     }
@@ -16,7 +16,7 @@ pub(crate) fn times_transposed(rows: &[f32], weight: View<'_>) -> Result<Vec<f32
 }
 
 /// rows·Wᵀ, and an error where the weight is not finite. Where the result is not, callers know why.
-fn product(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
+fn times_unchecked(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
     let &[inner_dim, dim] = weight.shape else {
         panic!("the shape of weights is checked when a file is opened")
     };
@@ -59,7 +59,7 @@ pub(crate) fn times_transposed_in_parallel(
                 bytes,
                 ..weight
             };
-            product(rows, part)
+            times_unchecked(rows, part)
         })
         .collect::<Result<_, _>>()?;
     let mut out = vec![0f32; rows.len() / dim * inner_dim];
@@ -90,30 +90,53 @@ fn multiply(lhs: &[f32], rhs: &[f32], k: usize, out: &mut [f32], out_stride: usi
     assert!(m * k == lhs.len() && n * k == rhs.len() && n <= out_stride);
     assert!(out.len() >= (m - 1) * out_stride + n);
     let signed = |stride: usize| isize::try_from(stride).expect("slices are shorter than isize");
-    // SAFETY: with the strides given, `out` is read and written at [0, (m-1)·out_stride + n) and
-    // `lhs` and `rhs` are read at [0, m·k) and [0, n·k), all inside their slices as asserted above;
-    // `out` is borrowed mutably, so nothing aliases it.
+    // SAFETY: with the strides given, `out` is written at [0, (m-1)·out_stride + n) and `lhs` read at
+    // [0, m·k), inside their slices as asserted above; `out` is borrowed mutably.
+    unsafe {
+        let (out, lhs) = (
+            (out.as_mut_ptr(), signed(out_stride)),
+            (lhs.as_ptr(), signed(k)),
+        );
+        product([m, n, k], out, lhs, rhs, (1, signed(k)));
+    }
+}
+
+/// out\[m, n\] = lhs\[m, k\]·rhs\[k, n\], in the thread that asks. `lhs` and `out` have rows, a stride
+/// apart; `rhs` is dense, with a stride over k and one over n.
+///
+/// # Safety
+/// m rows of n numbers must be writable at `out`, by nobody else, and m of k readable at `lhs`; the
+/// strides of `rhs` must be 1 and n or k.
+pub(crate) unsafe fn product(
+    [m, n, k]: [usize; 3],
+    (out, out_stride): (*mut f32, isize),
+    (lhs, lhs_stride): (*const f32, isize),
+    rhs: &[f32],
+    (over_k, over_n): (isize, isize),
+) {
+    assert!(rhs.len() >= n * k);
+    // SAFETY: the caller's promise; `rhs` has n·k numbers, as asserted.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            out.as_mut_ptr(),
+            out,
             1,
-            signed(out_stride),
+            out_stride,
             false,
-            lhs.as_ptr(),
+            lhs,
             1,
-            signed(k),
+            lhs_stride,
             rhs.as_ptr(),
-            signed(k),
-            1,
+            over_n,
+            over_k,
             0.0,
             1.0,
             false,
             false,
             false,
-            // The layers are what runs in parallel.
+            // What runs in parallel are layers and heads.
             gemm::Parallelism::None,
         );
     }

@@ -194,8 +194,8 @@ def get_num_threads() -> int:
     """Threads that a call may use."""
 
 def set_num_threads(count: int) -> None:
-    """Of attention, V_a and text encoders, from now on; 0 for all cores. With 1 a call computes in
-    the thread that makes it."""
+    """Of attention and of V_a, from now on; 0 for all cores. With 1 a call computes in the thread
+    that makes it. Text encoders use all cores."""
 
 def open(path: _Path) -> Adapter | Values:
     """Opens an adapter or a preset; the file's own metadata says which it is."""

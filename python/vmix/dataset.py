@@ -107,7 +107,7 @@ def on_white(image: Image.Image) -> Image.Image:
     """RGB in 8 bits; what is transparent is white."""
     if image.mode == "F":
         raise ValueError(FLOATS)
-    if image.mode.startswith("I"):  # 16 bits of grey, of which Pillow's own conversion takes 8
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion cuts off at 255
         grey = np.asarray(image).clip(0, 65535)
         image = Image.fromarray((grey / 257 + 0.5).astype(np.uint8))
     if image.has_transparency_data:

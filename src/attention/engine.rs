@@ -128,6 +128,14 @@ impl Engine {
         }
     }
 
+    fn dim(&self) -> usize {
+        match self {
+            Self::Portable { dim, .. } => *dim,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(plan) | Self::Avx512(plan) => plan.values.columns,
+        }
+    }
+
     /// Numbers that the packed keys and values have.
     pub fn packed_len(&self) -> (usize, usize) {
         let (keys, values) = match self {
@@ -187,7 +195,9 @@ impl Engine {
                 .is_none_or(|mask| mask.len() >= block.count * padded)
         );
         assert!(block.regional.is_none_or(|(aes_values, strengths)| {
-            aes_values.len() == values && strengths.len() >= block.count
+            aes_values.len() == values
+                && strengths.len() >= block.count
+                && block.extra.len() >= block.count * self.dim()
         }));
         // SAFETY: asserted here, or the caller's promise; `new` has looked for the instructions.
         unsafe {

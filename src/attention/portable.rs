@@ -7,6 +7,7 @@ use super::{
     blocks::Block,
     exp2::{LEAST, POWERS},
 };
+use crate::product::product;
 
 /// Queries of a block, at least.
 pub(super) const ROWS: usize = 32;
@@ -17,6 +18,7 @@ pub(super) const ROWS: usize = 32;
 /// Keys and values must be `keys` dense rows of `dim` numbers, and the block as it says.
 pub(super) unsafe fn block(keys: usize, dim: usize, block: &mut Block<'_>) {
     let count = block.count;
+    // Strides over the sum and over the columns.
     let (key_rows, value_rows) = ((1, dim as isize), (dim as isize, 1));
     // SAFETY: `count` queries are readable, `count` rows of scores are there.
     unsafe {
@@ -50,46 +52,6 @@ pub(super) unsafe fn block(keys: usize, dim: usize, block: &mut Block<'_>) {
             }
             row.iter_mut().for_each(|x| *x *= block.factors[i]);
         }
-    }
-}
-
-/// out = lhs·rhs for \[m, n, k\]: `lhs` and `out` are rows with a stride, `rhs` has strides over n
-/// and over k, in this order the second and the first of what it is called with.
-///
-/// # Safety
-/// m rows of n numbers must be writable at `out`, m of k readable at `lhs`.
-unsafe fn product(
-    [m, n, k]: [usize; 3],
-    out: (*mut f32, isize),
-    lhs: (*const f32, isize),
-    rhs: &[f32],
-    (over_k, over_n): (isize, isize),
-) {
-    assert!(rhs.len() >= n * k);
-    // SAFETY: the caller's promise, and `rhs` as asserted.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            out.0,
-            1,
-            out.1,
-            false,
-            lhs.0,
-            1,
-            lhs.1,
-            rhs.as_ptr(),
-            over_n,
-            over_k,
-            0.0,
-            1.0,
-            false,
-            false,
-            false,
-            // The heads are what runs in parallel.
-            gemm::Parallelism::None,
-        );
     }
 }
 

@@ -31,8 +31,8 @@ unsafe fn vmix_mix_values(params: *const VmixMixParams) -> VmixStatus {
 /// softmax(Q·Kᵀ/√D)·(V_c + λ·V_a) (paper, eq. 9), for hosts without an attention of their own,
 /// computed in f32. λ = 0 gives bit for bit what no V_a gives.
 ///
-/// The number of keys must be a multiple of the tokens of V_a. It may use all cores. On failure
-/// nothing is written.
+/// The number of keys must be a multiple of the tokens of V_a. It may use as many threads as
+/// vmix_set_num_threads() allows. On failure nothing is written.
 /// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, UNSUPPORTED (params of a later version),
 /// OUT_OF_MEMORY.
 #[ffi_export]

@@ -286,6 +286,12 @@ def test_attention_of_real_shapes(dim: int, dtype: torch.dtype) -> None:
     )
 
 
+def test_a_lora_in_the_place_of_an_adapter(tmp_path: pathlib.Path) -> None:
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(1)}, tmp_path / "lora.safetensors")
+    with pytest.raises(vmix.VMixError, match="this looks like a LoRA, which hosts load as such"):
+        vmix.open(tmp_path / "lora.safetensors")
+
+
 def test_threads_and_kernels() -> None:
     everything = vmix.get_num_threads()
     q, k = torch.randn(1, 600, 80), torch.randn(1, 77, 80)

@@ -405,6 +405,23 @@ def test_everything_wrong_is_listed(data: Path) -> None:
         assert part in str(error.value)
 
 
+def test_what_a_whole_set_lacks_is_one_sentence(tmp_path: Path) -> None:
+    for number in range(5):
+        Image.new("RGB", (SIDE, SIDE)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.aes.json").write_text('{"sharp focus": 1}')
+    said: list[str] = []
+    with pytest.raises(TrainingError) as error:
+        usable_images(tmp_path, NAMES, say=said.append)
+    expected = "5 images: no caption; expected a .txt beside each, or metadata.jsonl with `text`"
+    assert str(error.value).splitlines()[1].strip() == expected
+    assert said == [f"{tmp_path}: 5 images, 0 usable"], "nothing is said twice"
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text("a dog")
+        (tmp_path / f"{number}.aes.json").unlink()
+    with pytest.raises(TrainingError, match="5 images: no aesthetics; `vmix label` proposes some"):
+        usable_images(tmp_path, NAMES, say=said.append)
+
+
 def test_a_label_that_is_the_same_everywhere(data: Path) -> None:
     lines = [json.loads(line) for line in (data / "metadata.jsonl").read_text().splitlines()]
     for line in lines:

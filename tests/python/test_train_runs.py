@@ -735,6 +735,40 @@ def configured(path: Path, settings: Any, *flags: str) -> Any:
     return parse_args([f"--config={path}", "--output_dir=o", *flags])
 
 
+def test_help_and_errors_of_flags(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--help"])
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "Images per process and step. Default: 256.",
+        "Share of captions dropped for guidance. Default: 0.1.",
+        "λ of them, as 0.5,1,1.5. Default: 1.0.",
+        "1e-4, for SDXL 1e-5, unless given. --lora",
+    ):
+        assert part in text, part
+    with pytest.raises(SystemExit) as ended:
+        parse_args(["--rank=many"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said == (
+        "vmix.train: argument --rank: invalid int value: 'many'; --help lists all options\n"
+    )
+    with pytest.raises(TrainingError, match=r"no option lerning_rate; did you mean learning_rate\?"):
+        configured(tmp_path / "config.yaml", {"lerning_rate": 1})
+
+
+def test_a_run_that_is_done(
+    base: Path, images: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = train(base, images, tmp_path / "out", "--max_train_steps=3")
+    written = (out / "vmix.safetensors").read_bytes()
+    (out / "vmix.safetensors").unlink()
+    train(base, images, out, "--max_train_steps=3", LATEST)
+    assert "all 3 steps are done; the files are written again" in capfd.readouterr().out
+    assert (out / "vmix.safetensors").read_bytes() == written
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     text = """

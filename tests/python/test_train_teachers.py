@@ -163,6 +163,11 @@ def test_resume_is_bit_exact(base: Path, folder: Path, tmp_path: Path, objective
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert first["projection.zero.weight"].any(), "it has learned something"
+    card = (whole / "README.md").read_text("utf-8")
+    assert "| base | base |" in card
+    assert "| apply_to | " in card
+    if objective == "text-pairs":
+        assert "| pairs | vibrant color: red, none; sharp focus: sharp, blurred |" in card
 
 
 # --- the pictures --------------------------------------------------------------------------------

@@ -90,8 +90,6 @@ class Run:
         fit_plugins(accelerator, args)
         set_seed(args.seed)
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.done = 0
-        """Steps."""
         self.trouble: Exception | None = None
         """What ends the training as soon as all processes can be told."""
         self.bar = partial(tqdm, disable=not accelerator.is_local_main_process, leave=False)
@@ -404,7 +402,7 @@ class Run:
 
     def _draw(self, pictures: validation.Validation) -> None:
         with self._averaged():
-            adapter = self.adapter(self.done) if self.branch is not None else None
+            adapter = self.adapter(self.done, self._exact()) if self.branch is not None else None
             image = self._alone(lambda: pictures.grid(adapter))
             if image is not None and self.accelerator.is_main_process:
                 try:
@@ -437,8 +435,8 @@ class Run:
         finally:
             self.average.restore(own)
 
-    def adapter(self, steps: int) -> Adapter:
-        """The adapter as it is now."""
+    def adapter(self, steps: int, exact: Mapping[str, torch.Tensor] | None = None) -> Adapter:
+        """The adapter as it is now; `exact` is what is trained, where the model has it rounded."""
         args = self.args
         assert self.branch is not None
         record = {
@@ -466,7 +464,7 @@ class Run:
             record,
             spec,
             neutral,
-            self._exact(),
+            exact or {},
         )
 
     def _exact(self) -> Mapping[str, torch.Tensor]:
@@ -481,8 +479,8 @@ class Run:
         files = {}
         with self._averaged():
             try:
-                adapter = self.adapter(self.done) if self.branch is not None else None
                 exact = self._exact()
+                adapter = self.adapter(self.done, exact) if self.branch is not None else None
                 if args.rank:
                     name = f"{args.name}-lora.safetensors"
                     export.save_lora(self.base, args.output_dir / name, dtype, main, exact)
