@@ -754,7 +754,7 @@ def test_help_and_errors_of_flags(capsys: pytest.CaptureFixture[str], tmp_path: 
     assert said == (
         "vmix.train: argument --rank: invalid int value: 'many'; --help lists all options\n"
     )
-    with pytest.raises(TrainingError, match=r"no option lerning_rate; did you mean learning_rate\?"):
+    with pytest.raises(TrainingError, match=r"lerning_rate; did you mean learning_rate\?"):
         configured(tmp_path / "config.yaml", {"lerning_rate": 1})
 
 

@@ -99,8 +99,9 @@ def tiny_images(folder: Path, count: int) -> Path:
 
 
 def arguments(pipeline: Path, data: Path, out: Path, *more: str) -> list[str]:
+    images = [] if any("--objective" in flag for flag in more) else [f"--train_data_dir={data}"]
     return [
-        f"--pretrained_model_name_or_path={pipeline}", f"--train_data_dir={data}",
+        f"--pretrained_model_name_or_path={pipeline}", *images,
         f"--labels={data / 'labels.toml'}", f"--output_dir={out}", "--max_train_steps=4",
         "--learning_rate=1e-3", "--dtype=f32", "--rank=2", "--report_to=none", *more,
     ]  # fmt: skip
