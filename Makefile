@@ -54,6 +54,7 @@ test-kernels:
 test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hosts, sanitizers, fuzzing
 	cargo test --locked --workspace --features vmix-adapter/headers --test headers
 	$(PY) -m pytest -rs tests/c
+	fuzz/cargo.sh test --test attention
 	fuzz/run.sh 15
 
 test-full: test-c ## also the slow tests, and the wheel in an empty environment
@@ -88,7 +89,7 @@ test-comfy: $(COMFY_VENV)/ready ## the nodes in the real ComfyUI of COMFYUI_PATH
 	COMFYUI_PATH="$(COMFYUI_PATH)" $(COMFY_PY) -m pytest -rs -m '' tests/comfy
 
 # The library with AddressSanitizer and coverage, and the fuzz targets.
-fuzz/target/ready: $(RUST_SOURCES) $(wildcard fuzz/fuzz_targets/*.rs) fuzz/Cargo.toml fuzz/Cargo.lock
+fuzz/target/ready: $(RUST_SOURCES) $(wildcard fuzz/*/*.rs) $(wildcard tests/rust/*.rs) fuzz/Cargo.toml fuzz/Cargo.lock
 	fuzz/build.sh
 	touch $@
 

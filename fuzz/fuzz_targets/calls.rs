@@ -1002,6 +1002,9 @@ fn library(status: u32) {
         for text in [vmix_version(), vmix_build_info(), vmix_status_name(status)] {
             assert!(!CStr::from_ptr(text).to_str().unwrap().is_empty());
         }
+        vmix_set_num_threads(status as usize);
+        assert!(vmix_num_threads() >= 1);
+        assert!(status == 0 || vmix_num_threads() <= status as usize);
     }
 }
 

@@ -154,6 +154,8 @@ functions! {
     vmix_build_info() -> Text;
     vmix_last_error() -> Text;
     vmix_status_name(status: u32) -> Text;
+    vmix_set_num_threads(count: usize);
+    vmix_num_threads() -> usize;
 
     vmix_open(path: Text, adapter: *mut *mut Adapter, values: *mut *mut Values) -> Status;
 

@@ -190,7 +190,8 @@ unsafe fn struct_size<T: Growable>(argument: &str, pointer: *const T) -> Result<
     check_pointer(argument, pointer)?;
     // SAFETY: the caller's promise: there is at least the first field.
     let size = unsafe { pointer.cast::<usize>().read() };
-    if size < T::FIRST_SIZE || size > MAX_STRUCT_SIZE {
+    // The size of a struct is a multiple of its alignment: no field is there by half.
+    if size < T::FIRST_SIZE || size > MAX_STRUCT_SIZE || !size.is_multiple_of(align_of::<T>()) {
         let argument = format!("{argument}->struct_size");
         return Err(invalid(&argument, format!("sizeof({})", T::NAME), size));
     }
@@ -444,7 +445,9 @@ mod tests {
         assert_eq!(read(&later([0, 0])).unwrap().inner_dim, 7);
         let failure = read(&later([0, 1])).unwrap_err();
         assert_eq!(failure.status, VmixStatus::Unsupported);
-        for size in [0, 1, size_of::<VmixLayer>() - 1, 4097, usize::MAX] {
+        let whole = size_of::<VmixLayer>();
+        let half = [whole + 1, whole + WORD - 1];
+        for size in [0, 1, whole - WORD, half[0], half[1], 4097, usize::MAX] {
             let mut bad = later([0, 0]);
             bad.layer.struct_size = size;
             let failure = read(&bad).unwrap_err();

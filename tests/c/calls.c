@@ -208,6 +208,9 @@ static VmixValues *computing(const VmixAdapter *adapter, VmixApplyTo apply_to, V
     weights[0] = 0.25f;
     params.struct_size = offsetof(VmixValuesParams, base_path) - 1;
     FAILS(INVALID_ARGUMENT, "struct_size", vmix_adapter_values(adapter, &params, &values));
+    params.base_path = "no such file";
+    params.struct_size = sizeof params - 3; /* half a pointer */
+    FAILS(INVALID_ARGUMENT, "struct_size", vmix_adapter_values(adapter, &params, &values));
     params.base_path = ""; /* which a host that was built without the field never says */
     params.struct_size = offsetof(VmixValuesParams, base_path);
     OK(vmix_adapter_values(adapter, &params, &values));
