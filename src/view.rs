@@ -250,6 +250,20 @@ impl<'a> TensorView<'a> {
         Some(unsafe { std::slice::from_raw_parts(self.data.cast::<f32>().offset(offset), len) })
     }
 
+    /// The row from this index on, where it lies, or read into `scratch`, which is as long.
+    pub(crate) fn row<'b>(&self, index: [usize; 4], scratch: &'b mut [f32]) -> &'b [f32]
+    where
+        'a: 'b,
+    {
+        match self.f32_row(index, scratch.len()) {
+            Some(row) => row,
+            None => {
+                self.read_row(index, scratch);
+                scratch
+            }
+        }
+    }
+
     /// Reads the `out.len()` elements along the last dimension from this index on, exactly. Where
     /// the view has size 1 in a dimension, any index there means 0: it is broadcast.
     pub(crate) fn read_row(&self, mut index: [usize; 4], out: &mut [f32]) {
@@ -406,14 +420,8 @@ impl<'a> TensorViewMut<'a> {
         scratch: &mut [Vec<f32>; 2],
     ) {
         let [sum, added] = scratch;
-        let added = match other.f32_row(other_index, len) {
-            Some(row) => row,
-            None => {
-                added.resize(len, 0.0);
-                other.read_row(other_index, added);
-                added
-            }
-        };
+        added.resize(len, 0.0);
+        let added = other.row(other_index, added);
         let add = |sum: &mut [f32]| {
             for (x, a) in sum.iter_mut().zip(added) {
                 *x += scale * a;

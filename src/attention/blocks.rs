@@ -139,26 +139,16 @@ pub(super) fn forward(
     let mut scratches = (0..threads.min(parts.count))
         .map(|_| work.scratch(block))
         .collect::<Result<Vec<_>>>()?;
-    let run = |scratch: &mut Scratch| {
-        while let Some((b, h, queries)) = parts.take() {
-            work.pack(scratch, b, h);
-            for first in queries.clone().step_by(block) {
-                let count = block.min(queries.end - first);
-                work.block(scratch, b, h, first..first + count);
-            }
+    threads::work(&mut scratches, |scratch| {
+        let Some((b, h, queries)) = parts.take() else {
+            return false;
+        };
+        work.pack(scratch, b, h);
+        for first in queries.clone().step_by(block) {
+            let count = block.min(queries.end - first);
+            work.block(scratch, b, h, first..first + count);
         }
-    };
-    let (own, others) = scratches.split_first_mut().expect("one thread at least");
-    if others.is_empty() {
-        run(own);
-        return Ok(());
-    }
-    rayon::in_place_scope(|scope| {
-        let run = &run;
-        for scratch in others {
-            scope.spawn(move |_| run(scratch));
-        }
-        run(own);
+        true
     });
     Ok(())
 }
@@ -231,8 +221,7 @@ impl Work<'_> {
                 ask(&checked.key, t + AHEAD);
             }
             ask(&checked.value, t);
-            checked.key.read_row([b, t, h, 0], row);
-            engine.pack_key(keys, t, row, scale);
+            engine.pack_key(keys, t, (checked.key.row([b, t, h, 0], row), scale));
             if let Some((aes_value, _)) = aes_value
                 && t < aes_value.shape()[1]
             {
@@ -240,20 +229,18 @@ impl Work<'_> {
             }
         }
         for t in 0..checked.keys {
-            checked.value.read_row([b, t, h, 0], row);
-            if let Some((aes_value, strength)) = aes_value {
-                let tokens = aes_value.shape()[1];
-                aes_value.read_row([b, t % tokens, h, 0], aes_row);
-                if checked.is_regional() {
-                    aes_row.iter_mut().for_each(|a| *a *= strength);
-                    engine.pack_value(aes_values, t, aes_row);
-                } else {
-                    for (x, a) in row.iter_mut().zip(aes_row.iter()) {
-                        *x += strength * a;
-                    }
+            let value = (checked.value.row([b, t, h, 0], row), 1.0);
+            let added = aes_value.map(|(aes_value, strength)| {
+                let index = [b, t % aes_value.shape()[1], h, 0];
+                (aes_value.row(index, aes_row), strength)
+            });
+            match added {
+                Some(added) if checked.is_regional() => {
+                    engine.pack_value(values, t, value, None);
+                    engine.pack_value(aes_values, t, added, None);
                 }
+                added => engine.pack_value(values, t, value, added),
             }
-            engine.pack_value(values, t, row);
         }
     }
 

@@ -91,6 +91,26 @@ pub(super) enum Engine {
     Avx512(Plan),
 }
 
+/// Numbers, and what each is multiplied with.
+pub(super) type Scaled<'a> = (&'a [f32], f32);
+
+/// Writes a row, or the sum of two.
+#[inline(always)]
+pub(super) fn pack(to: &mut [f32], (row, factor): Scaled<'_>, added: Option<Scaled<'_>>) {
+    match added {
+        None => {
+            for (to, x) in to.iter_mut().zip(row) {
+                *to = x * factor;
+            }
+        }
+        Some((added, strength)) => {
+            for ((to, x), a) in to.iter_mut().zip(row).zip(added) {
+                *to = x * factor + strength * a;
+            }
+        }
+    }
+}
+
 impl Engine {
     /// # Panics
     /// When the processor has not what the kernel needs, or the kernel is the plain one.
@@ -162,21 +182,30 @@ impl Engine {
         let _ = row;
     }
 
-    /// A key, times `scale`.
-    pub fn pack_key(&self, packed: &mut [f32], key: usize, row: &[f32], scale: f32) {
+    /// A key.
+    pub fn pack_key(&self, packed: &mut [f32], key: usize, row: Scaled<'_>) {
         match self.plan() {
-            Some(plan) => plan.keys.pack_column(packed, key, row, scale),
-            None => {
-                let to = packed[key * row.len()..].iter_mut();
-                to.zip(row).for_each(|(to, x)| *to = x * scale);
-            }
+            Some(plan) => plan.keys.pack_column(packed, key, row),
+            None => pack(&mut packed[key * row.0.len()..], row, None),
         }
     }
 
-    pub fn pack_value(&self, packed: &mut [f32], key: usize, row: &[f32]) {
-        match self.plan() {
-            Some(plan) => plan.values.pack_row(packed, plan.keys.columns, key, row),
-            None => packed[key * row.len()..][..row.len()].copy_from_slice(row),
+    /// The sum of one or two values, those of a key.
+    pub fn pack_value(
+        &self,
+        packed: &mut [f32],
+        key: usize,
+        row: Scaled<'_>,
+        added: Option<Scaled<'_>>,
+    ) {
+        match self {
+            Self::Portable { .. } => pack(&mut packed[key * row.0.len()..], row, added),
+            // SAFETY: `new` has looked for the instructions.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(plan) => unsafe { x86::pack_value_avx2(plan, packed, key, row, added) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(plan) => unsafe { x86::pack_value_avx512(plan, packed, key, row, added) },
         }
     }
 

@@ -8,6 +8,7 @@
 
 use super::{
     blocks::Block,
+    engine::{Scaled, pack},
     x86::{prefetch, prefetch_to_write},
 };
 
@@ -47,6 +48,10 @@ pub(super) unsafe trait Lanes: Copy {
     unsafe fn sum(v: Self::V) -> f32;
 }
 
+/// Numbers of a panel that stays in the nearest cache while rows go by: 36 KB. Of a larger one, a
+/// narrower part is read in the time that a tile takes.
+const NEAR: usize = 9 << 10;
+
 /// How columns are packed: panels of vectors, one after the other, each with all of its rows. The
 /// first ones may have a vector more than the rest.
 #[derive(Debug, Clone)]
@@ -62,9 +67,11 @@ pub(super) struct Panels {
 }
 
 impl Panels {
-    pub fn new<L: Lanes>(columns: usize) -> Self {
+    pub fn new<L: Lanes>(columns: usize, depth: usize) -> Self {
         let vectors = columns.div_ceil(L::N);
-        let count = vectors.div_ceil(L::PANEL).max(1);
+        let stays = depth.saturating_mul(L::PANEL * L::N) <= NEAR;
+        let widest = if stays { L::PANEL } else { L::PANEL.min(3) };
+        let count = vectors.div_ceil(widest).max(1);
         Self {
             columns,
             lanes: L::N,
@@ -103,18 +110,27 @@ impl Panels {
         L::ROWS[self.part(0).1 - 1]
     }
 
-    /// Packs one of `rows` rows.
-    pub fn pack_row(&self, packed: &mut [f32], rows: usize, row: usize, values: &[f32]) {
+    /// Packs one of `rows` rows, or the sum of two.
+    #[inline(always)]
+    pub fn pack_row(
+        &self,
+        packed: &mut [f32],
+        rows: usize,
+        row: usize,
+        (values, factor): Scaled<'_>,
+        added: Option<Scaled<'_>>,
+    ) {
         for (first, vectors) in self.parts() {
             let (start, width) = (first * self.lanes, vectors * self.lanes);
-            let at = start * rows + row * width;
-            let part = &values[start..self.columns.min(start + width)];
-            packed[at..at + part.len()].copy_from_slice(part);
+            let columns = start..self.columns.min(start + width);
+            let to = &mut packed[start * rows + row * width..][..columns.len()];
+            let added = added.map(|(added, strength)| (&added[columns.clone()], strength));
+            pack(to, (&values[columns], factor), added);
         }
     }
 
-    /// Packs one column, each number times `factor`.
-    pub fn pack_column(&self, packed: &mut [f32], column: usize, values: &[f32], factor: f32) {
+    /// Packs one column.
+    pub fn pack_column(&self, packed: &mut [f32], column: usize, (values, factor): Scaled<'_>) {
         let (first, vectors) = self.part(self.of(column / self.lanes));
         let (start, width) = (first * self.lanes, vectors * self.lanes);
         let panel = &mut packed[start * values.len()..][..width * values.len()];
@@ -136,11 +152,11 @@ pub(super) struct Plan {
 
 impl Plan {
     pub fn new<L: Lanes>(keys: usize, dim: usize) -> Self {
-        let panels = Panels::new::<L>(keys);
+        let panels = Panels::new::<L>(keys, dim);
         let bias = (panels.padded() - L::N..panels.padded())
             .map(|key| if key < keys { 0.0 } else { f32::NEG_INFINITY })
             .collect();
-        let values = Panels::new::<L>(dim);
+        let values = Panels::new::<L>(dim, keys);
         let (a, b) = (panels.rows::<L>(), values.rows::<L>());
         let multiple = (1..=b).map(|n| n * a).find(|n| n % b == 0);
         Self {
@@ -386,8 +402,8 @@ unsafe fn mixed<L: Lanes, const REGIONAL: bool>(
 mod tests {
     use super::{super::x86::*, *};
 
-    fn check<L: Lanes>(columns: usize) {
-        let panels = Panels::new::<L>(columns);
+    fn check<L: Lanes>(columns: usize, depth: usize) {
+        let panels = Panels::new::<L>(columns, depth);
         let mut next = 0;
         for (i, (first, vectors)) in panels.parts().enumerate() {
             assert_eq!(first, next);
@@ -402,8 +418,10 @@ mod tests {
     #[test]
     fn panels_hold_every_vector_once() {
         for columns in 1..1000 {
-            check::<Avx512>(columns);
-            check::<Avx2>(columns);
+            for depth in [1, 77, 160, 1000] {
+                check::<Avx512>(columns, depth);
+                check::<Avx2>(columns, depth);
+            }
         }
     }
 

@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use super::{
     blocks::Block,
+    engine::Scaled,
     exp2::{LEAST, POWERS},
     lanes::{self, Lanes, Plan},
 };
@@ -37,6 +38,20 @@ pub(super) struct Avx512;
 pub(super) unsafe fn block_avx512(plan: &Plan, block: &mut Block<'_>) {
     // SAFETY: the caller's promise.
     unsafe { lanes::block::<Avx512>(plan, block) }
+}
+
+/// # Safety
+/// The processor must have AVX-512 F.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn pack_value_avx512(
+    plan: &Plan,
+    packed: &mut [f32],
+    key: usize,
+    row: Scaled<'_>,
+    added: Option<Scaled<'_>>,
+) {
+    plan.values
+        .pack_row(packed, plan.keys.columns, key, row, added);
 }
 
 // SAFETY: all of it is AVX-512 F.
@@ -130,6 +145,20 @@ pub(super) struct Avx2;
 pub(super) unsafe fn block_avx2(plan: &Plan, block: &mut Block<'_>) {
     // SAFETY: the caller's promise.
     unsafe { lanes::block::<Avx2>(plan, block) }
+}
+
+/// # Safety
+/// The processor must have AVX2 and FMA.
+#[target_feature(enable = "avx2,fma")]
+pub(super) unsafe fn pack_value_avx2(
+    plan: &Plan,
+    packed: &mut [f32],
+    key: usize,
+    row: Scaled<'_>,
+    added: Option<Scaled<'_>>,
+) {
+    plan.values
+        .pack_row(packed, plan.keys.columns, key, row, added);
 }
 
 /// A mask of the first `count` lanes.
