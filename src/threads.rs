@@ -7,6 +7,7 @@ use std::{
         atomic::{AtomicUsize, Ordering},
     },
     thread,
+    time::{Duration, Instant},
 };
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -88,13 +89,15 @@ pub(crate) fn work<S: Send>(states: &mut [S], step: impl Fn(&mut S) -> bool + Sy
         while step(own) {}
         return;
     };
-    let (wanted, begun) = (others.len(), AtomicUsize::new(0));
+    let wanted = others.len();
+    let (begun, ended) = (AtomicUsize::new(0), AtomicUsize::new(0));
     pool.in_place_scope(|scope| {
-        let (step, begun) = (&step, &begun);
+        let (step, begun, ended) = (&step, &begun, &ended);
         for state in others {
             scope.spawn(move |_| {
                 begun.fetch_add(1, Ordering::Relaxed);
                 while step(state) {}
+                ended.fetch_add(1, Ordering::Relaxed);
             });
         }
         let mut sent = 0;
@@ -104,8 +107,19 @@ pub(crate) fn work<S: Send>(states: &mut [S], step: impl Fn(&mut S) -> bool + Sy
                 sent += 1;
             }
         }
+        // The others are about to end: to fall asleep and be woken would take longer.
+        let patience = Instant::now() + PATIENCE;
+        while ended.load(Ordering::Relaxed) < wanted && Instant::now() < patience {
+            std::hint::spin_loop();
+        }
+        (0..END).for_each(|_| std::hint::spin_loop());
     });
 }
+
+/// How long a thread waits awake for others, and how often it spins until one has really ended that
+/// says so.
+const PATIENCE: Duration = Duration::from_micros(200);
+const END: usize = 16;
 
 /// How often a call looks after late threads.
 const MOST_SENT: usize = 8;

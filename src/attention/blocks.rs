@@ -55,8 +55,8 @@ struct Parts {
     queries: usize,
     /// Queries of a part.
     step: usize,
-    count: usize,
-    next: AtomicUsize,
+    /// For each thread the next of its own parts, and where they end.
+    own: Vec<(AtomicUsize, usize)>,
 }
 
 impl Parts {
@@ -68,22 +68,31 @@ impl Parts {
             _ => wanted.min(queries.div_ceil(PART)),
         };
         let step = queries.div_ceil(ranges).next_multiple_of(block);
+        let count = batch * heads * queries.div_ceil(step);
+        let threads = threads.min(count);
+        let first = |thread| thread * count / threads;
+        let own = |thread| (AtomicUsize::new(first(thread)), first(thread + 1));
         Self {
             heads,
             queries,
             step,
-            count: batch * heads * queries.div_ceil(step),
-            next: AtomicUsize::new(0),
+            own: (0..threads).map(own).collect(),
         }
     }
 
-    /// Batch entry, head and queries of a part that nobody has taken; those of a head one after the
-    /// other.
-    fn take(&self) -> Option<(usize, usize, Range<usize>)> {
-        let part = self.next.fetch_add(1, Ordering::Relaxed);
-        if part >= self.count {
-            return None;
-        }
+    /// No more than there are parts.
+    fn threads(&self) -> usize {
+        self.own.len()
+    }
+
+    /// Batch entry, head and queries of a part that nobody has taken: a thread's own first, which
+    /// are the same in every call, so that its cache may still have them; then those of others.
+    fn take(&self, thread: usize) -> Option<(usize, usize, Range<usize>)> {
+        let part = (0..self.threads()).find_map(|later| {
+            let (next, end) = &self.own[(thread + later) % self.threads()];
+            let part = next.fetch_add(1, Ordering::Relaxed);
+            (part < *end).then_some(part)
+        })?;
         let ranges = self.queries.div_ceil(self.step);
         let (head, first) = (part / ranges, part % ranges * self.step);
         let queries = first..self.queries.min(first + self.step);
@@ -93,6 +102,7 @@ impl Parts {
 
 /// The memory of a thread. It grows with the keys and the width of a head, not with the queries.
 struct Scratch {
+    thread: usize,
     keys: Buffer,
     values: Buffer,
     aes_values: Buffer,
@@ -136,11 +146,11 @@ pub(super) fn forward(
         output,
         map,
     };
-    let mut scratches = (0..threads.min(parts.count))
-        .map(|_| work.scratch(block))
+    let mut scratches = (0..parts.threads())
+        .map(|thread| work.scratch(thread, block))
         .collect::<Result<Vec<_>>>()?;
     threads::work(&mut scratches, |scratch| {
-        let Some((b, h, queries)) = parts.take() else {
+        let Some((b, h, queries)) = parts.take(scratch.thread) else {
             return false;
         };
         work.pack(scratch, b, h);
@@ -162,7 +172,7 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn scratch(&self, block: usize) -> Result<Scratch> {
+    fn scratch(&self, thread: usize, block: usize) -> Result<Scratch> {
         let Self {
             checked, engine, ..
         } = self;
@@ -174,6 +184,7 @@ impl Work<'_> {
         let if_there = |there: bool, count| Buffer::zeros(if there { count } else { 0 });
         let regional = checked.is_regional();
         Ok(Scratch {
+            thread,
             keys: Buffer::zeros(keys)?,
             values: Buffer::zeros(values)?,
             aes_values: if_there(regional, values)?,

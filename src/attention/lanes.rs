@@ -237,6 +237,7 @@ macro_rules! for_tiles {
     };
     (@rows $lanes:ty, $n:literal, $count:expr, $row:ident, $m:ident, $nv:ident, $body:expr) => {
         match <$lanes>::ROWS.get($n - 1) {
+            Some(10) => for_tiles!(@tile 10, $n, $count, $row, $m, $nv, $body),
             Some(12) => for_tiles!(@tile 12, $n, $count, $row, $m, $nv, $body),
             Some(8) => for_tiles!(@tile 8, $n, $count, $row, $m, $nv, $body),
             Some(6) => for_tiles!(@tile 6, $n, $count, $row, $m, $nv, $body),

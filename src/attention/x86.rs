@@ -59,7 +59,7 @@ unsafe impl Lanes for Avx512 {
     type V = __m512;
     const N: usize = 16;
     const PANEL: usize = 5;
-    const ROWS: &'static [usize] = &[12, 12, 8, 6, 5];
+    const ROWS: &'static [usize] = &[10, 10, 8, 5, 5];
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> __m512 {
