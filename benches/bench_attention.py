@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import tempfile
@@ -83,6 +84,37 @@ def measure(
     return (*times, error)  # type: ignore[return-value]
 
 
+def megabytes(field: str) -> float:
+    """Of this process's memory, as Linux tells it."""
+    line = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert line is not None
+    return int(line[1]) / 1024
+
+
+def growth(turns: int) -> None:
+    """Time and memory of ever more queries, which double from row to row."""
+    print("\n| queries × head dim, heads | ms | ns a query | MB beside the tensors |")
+    print("|---|---|---|---|")
+    heads, dim = 10, 64
+    k, v = (torch.randn(BATCH, KEYS, heads * dim) for _ in range(2))
+    for queries in (4096, 8192, 16384, 32768, 65536):
+        q = torch.randn(BATCH, queries, heads * dim)
+
+        def work(q: torch.Tensor = q) -> object:
+            return vmix.attention(q, k, v, v[0], STRENGTH, heads)
+
+        seconds = statistics.median(timed(work) for _ in range(turns))
+        there = megabytes("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        result = work()
+        beside = megabytes("VmHWM") - max(there, megabytes("VmRSS"))
+        del result
+        each = seconds / queries / BATCH
+        print(
+            f"| {queries}×{dim}, {heads} | {seconds * 1e3:.1f} | {each * 1e9:.0f} | {beside:.1f} |"
+        )
+
+
 def ratio(times: list[float], to: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(times, to, strict=True))
 
@@ -111,6 +143,8 @@ def main() -> None:
                 f"| {ratio(two, one):.2f} | {ratios[-1]:.2f} | {share:.0%} | {error:.0e} |"
             )
         print(f"| {threads} | mean | | | {statistics.mean(ratios):.2f} | | |")
+    if Path("/proc/self/clear_refs").exists():
+        growth(arguments.turns)
 
 
 if __name__ == "__main__":

@@ -57,16 +57,33 @@ pub(super) unsafe fn block(keys: usize, dim: usize, block: &mut Block<'_>) {
 
 /// Scores become powers of two; one divided by their sum, or 0 where all are hidden.
 fn powers(row: &mut [f32], masked: bool) -> f32 {
-    let top = row
-        .iter()
-        .fold(f32::NEG_INFINITY, |top, x| if *x > top { *x } else { top });
+    let top = fold(
+        row,
+        f32::NEG_INFINITY,
+        |top, x| if x > top { x } else { top },
+    );
     let hidden = masked && top == f32::NEG_INFINITY;
     let top = if hidden { 0.0 } else { top };
     for x in row.iter_mut() {
         *x = exp2(*x - top);
     }
-    let sum: f32 = row.iter().sum();
+    let sum = fold(row, 0.0, |sum, x| sum + x);
     if hidden && sum == 0.0 { 0.0 } else { 1.0 / sum }
+}
+
+/// Of several numbers at a time, none of which waits for the one before it.
+fn fold(row: &[f32], first: f32, f: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut all = [first; 16];
+    let (chunks, rest) = row.as_chunks::<16>();
+    for chunk in chunks {
+        for (all, x) in all.iter_mut().zip(chunk) {
+            *all = f(*all, *x);
+        }
+    }
+    for (all, x) in all.iter_mut().zip(rest) {
+        *all = f(*all, *x);
+    }
+    all.into_iter().fold(first, f)
 }
 
 /// As the lanes do it, so that the compiler can do several at a time.
