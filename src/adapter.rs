@@ -253,8 +253,10 @@ impl Adapter {
         self.values_by(selection, apply_to, |layer, contexts| {
             let name = value_weight(layer);
             let weight = inner.file.tensor(&name)?;
-            values::layer_values(contexts, inner.sizes, weight, dtype)
-                .map_err(|found| inner.file.tensor_error(&name, "finite values", found))
+            let values = values::layer_values(contexts, inner.sizes, weight, dtype)
+                .map_err(|found| inner.file.tensor_error(&name, "finite values", found));
+            inner.file.let_go(weight);
+            values
         })
     }
 

@@ -119,6 +119,26 @@ impl File {
         matches!(self.bytes, Bytes::Owned(_))
     }
 
+    /// Gives back the memory of what was read and is not read again soon. The system keeps the
+    /// content for as long as it has nothing better to do with it.
+    pub fn let_go(&self, view: View<'_>) {
+        #[cfg(unix)]
+        if let Bytes::Mapped(map) = &self.bytes {
+            let offset = view.bytes.as_ptr().addr().wrapping_sub(map.as_ptr().addr());
+            if offset.saturating_add(view.bytes.len()) > map.len() {
+                return;
+            }
+            let done = memmap2::UncheckedAdvice::DontNeed;
+            // SAFETY: nothing is ever written to the mapping, so that a page that is read again has
+            // the file's content again.
+            let asked = unsafe { map.unchecked_advise_range(done, offset, view.bytes.len()) };
+            // It is no more than advice.
+            let _ = asked;
+        }
+        #[cfg(not(unix))]
+        let _ = view;
+    }
+
     /// SHA-256 of the whole file in hexadecimal, as `sha256sum` prints it.
     pub fn sha256(&self) -> &str {
         self.sha256.get_or_init(|| {
