@@ -33,6 +33,7 @@ mod error;
 #[cfg(feature = "capi")]
 mod ffi;
 mod file;
+mod halves;
 #[cfg(feature = "clip")]
 mod init;
 mod json;

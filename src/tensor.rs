@@ -1,8 +1,11 @@
 //! Dense row-major tensors in the three dtypes that files may hold.
 
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use half::{bf16, f16};
 
-use crate::metadata::named;
+use crate::{
+    halves::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16},
+    metadata::named,
+};
 
 named! {
     /// Element type of a tensor; the names are those of torch and numpy.
@@ -87,8 +90,8 @@ impl Tensor {
     pub(crate) fn rounded(shape: impl Into<Vec<usize>>, values: Vec<f32>, dtype: DType) -> Self {
         let data = match dtype {
             DType::F32 => Data::F32(values),
-            DType::F16 => Data::F16(Vec::from_f32_slice(&values)),
-            DType::BF16 => Data::BF16(Vec::from_f32_slice(&values)),
+            DType::F16 => Data::F16(converted(&values, f32_to_f16)),
+            DType::BF16 => Data::BF16(converted(&values, f32_to_bf16)),
         };
         Self::new(shape, data)
     }
@@ -124,11 +127,10 @@ impl Tensor {
 
     /// The elements as f32; exact for all three dtypes.
     pub fn to_f32(&self) -> Vec<f32> {
-        match &self.data {
-            Data::F32(v) => v.clone(),
-            Data::F16(v) => v.to_f32_vec(),
-            Data::BF16(v) => v.to_f32_vec(),
-        }
+        let bytes = self.bytes();
+        let mut out = vec![0.0; bytes.len() / self.dtype().size()];
+        widen(self.dtype(), bytes, &mut out);
+        out
     }
 
     pub(crate) fn is_finite(&self) -> bool {
@@ -150,38 +152,19 @@ impl Tensor {
     }
 }
 
-trait FromF32Slice {
-    fn from_f32_slice(values: &[f32]) -> Self;
+/// As many numbers of another type.
+fn converted<T: Clone + Default>(values: &[f32], convert: impl Fn(&[f32], &mut [T])) -> Vec<T> {
+    let mut out = vec![T::default(); values.len()];
+    convert(values, &mut out);
+    out
 }
 
-impl<T: Clone + Default> FromF32Slice for Vec<T>
-where
-    [T]: HalfFloatSliceExt,
-{
-    fn from_f32_slice(values: &[f32]) -> Self {
-        let mut out = vec![T::default(); values.len()];
-        out.convert_from_f32_slice(values);
-        out
-    }
-}
-
-/// Widens the bytes of a file to f32, whatever their alignment; exact for all three dtypes.
+/// Widens bytes of a tensor to f32, whatever their alignment; exact for all three dtypes.
 pub(crate) fn widen(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     debug_assert_eq!(bytes.len(), out.len() * dtype.size());
     match dtype {
         DType::F32 => bytemuck::cast_slice_mut(out).copy_from_slice(bytes),
-        DType::F16 => match bytemuck::try_cast_slice::<u8, f16>(bytes) {
-            Ok(halves) => halves.convert_to_f32_slice(out),
-            Err(_) => {
-                for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                    *x = f16::from_le_bytes([b[0], b[1]]).to_f32();
-                }
-            }
-        },
-        DType::BF16 => {
-            for (x, b) in out.iter_mut().zip(bytes.chunks_exact(2)) {
-                *x = bf16::from_le_bytes([b[0], b[1]]).to_f32();
-            }
-        }
+        DType::F16 => f16_to_f32(bytemuck::cast_slice(bytes), out),
+        DType::BF16 => bf16_to_f32(bytemuck::cast_slice(bytes), out),
     }
 }

@@ -2,9 +2,12 @@
 
 use std::marker::PhantomData;
 
-use half::{bf16, f16, slice::HalfFloatSliceExt};
+use half::{bf16, f16};
 
-use crate::{DType, Error, Result, Tensor};
+use crate::{
+    DType, Error, Result, Tensor,
+    halves::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16},
+};
 
 /// A host's tensor, read where it lies: `[batch, tokens, heads, head dim]`, with any strides.
 ///
@@ -528,19 +531,22 @@ impl Element for f32 {
 }
 
 macro_rules! half_element {
-    ($($type:ty),*) => {$(
+    ($($type:ty: $widen:ident, $narrow:ident;)*) => {$(
         impl Element for $type {
             fn widen(from: &[Self], to: &mut [f32]) {
-                from.convert_to_f32_slice(to);
+                $widen(bytemuck::cast_slice(from), to);
             }
 
             fn narrow(from: &[f32], to: &mut [Self]) {
-                to.convert_from_f32_slice(from);
+                $narrow(from, to);
             }
         }
     )*};
 }
-half_element!(f16, bf16);
+half_element! {
+    f16: f16_to_f32, f32_to_f16;
+    bf16: bf16_to_f32, f32_to_bf16;
+}
 
 /// # Safety
 /// `out.len()` elements, `stride` apart, must be readable from `data` on.
