@@ -151,8 +151,7 @@ pub(crate) fn try_map<T: Sync, R: Send, E: Send>(
 
 /// A thread that is woken waits for a core. Linux puts it on that of the thread that woke it if it
 /// takes no other for idle, as in virtual machines, where one that sleeps counts as taken away by the
-/// host; and there it waits until its waker, which computes, has done its work alone. Moving a thread
-/// that waits takes two microseconds.
+/// host; and there it waits until its waker, which computes, has done its work alone.
 #[cfg(target_os = "linux")]
 mod late {
     use std::{mem, sync::Mutex};
@@ -224,8 +223,11 @@ mod late {
         #[test]
         fn threads_that_were_sent_away_may_come_back() {
             super::super::work(&mut [0; 2], |_| false);
+            // Threads that had nothing to do may still be starting.
+            while cores().len() < super::super::there() - 1 {
+                std::thread::yield_now();
+            }
             let before = cores();
-            assert_eq!(before.len(), super::super::there() - 1);
             for _ in 0..1000 {
                 send_away();
             }
@@ -268,6 +270,6 @@ mod tests {
         let doubled = try_map(&items, |i| Ok::<_, ()>(2 * i)).unwrap();
         assert_eq!(doubled, (0..100).map(|i| 2 * i).collect::<Vec<_>>());
         let failed = try_map(&items, |i| if *i % 7 == 3 { Err(*i) } else { Ok(()) });
-        assert_eq!(failed.unwrap_err() % 7, 3);
+        assert_eq!(failed.unwrap_err(), 3);
     }
 }
