@@ -7,6 +7,7 @@ use crate::{
     Selection, Tensor, ValueWeights, Values,
     file::{self, File},
     metadata::{Common, expect_of_base, layer_map, one_of},
+    product::Rows,
     projection::{Projection, Sizes, select},
     threads,
     values::{self, LayerValues, Origin},
@@ -299,7 +300,7 @@ impl Adapter {
         &self,
         selection: &Selection,
         apply_to: ApplyTo,
-        layer_values: impl Fn(&Layer, &[f32]) -> Result<LayerValues> + Sync,
+        layer_values: impl Fn(&Layer, &Rows) -> Result<LayerValues> + Sync,
     ) -> Result<Values> {
         let inner = &*self.0;
         let weights = self.labels().weights(selection)?;
@@ -316,6 +317,7 @@ impl Adapter {
             )?;
             contexts.extend(opposite);
         }
+        let contexts = Rows::new(&contexts, inner.sizes.dim)?;
         let tensors = threads::try_map(&inner.layers, |layer| layer_values(layer, &contexts))?;
         Ok(Values::new(
             Common {

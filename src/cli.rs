@@ -223,11 +223,7 @@ pub fn status(arguments: impl IntoIterator<Item = OsString>) -> u8 {
             };
         }
     };
-    // Temporary files go when the process is stopped. Where something else handles signals, it does.
-    let _ = ctrlc::try_set_handler(|| {
-        crate::file::unfinished::remove();
-        std::process::exit(130); // what shells say of programs that Ctrl-C ended
-    });
+    remove_temporary_files_when_stopped();
     reported(match cli.command {
         Command::Init(arguments) => init(&arguments),
         Command::Inspect(arguments) => inspect(&arguments),
@@ -235,6 +231,33 @@ pub fn status(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Convert(arguments) => convert(&arguments),
         Command::Validate(arguments) => validate(&arguments),
     })
+}
+
+/// Where something else handles signals, it does. What is ignored stays ignored, as nohup wants it.
+fn remove_temporary_files_when_stopped() {
+    // The crate installs no handler at all where one of its signals is not at its default.
+    #[cfg(target_os = "linux")]
+    let ignored = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].map(|signal| {
+        // SAFETY: plain calls, without functions of ours.
+        unsafe {
+            let mut action = std::mem::zeroed::<libc::sigaction>();
+            let known = libc::sigaction(signal, std::ptr::null(), &raw mut action) == 0;
+            let ignored = known && action.sa_sigaction == libc::SIG_IGN;
+            if ignored {
+                libc::signal(signal, libc::SIG_DFL);
+            }
+            (signal, ignored)
+        }
+    });
+    let _ = ctrlc::try_set_handler(|| {
+        crate::file::unfinished::remove();
+        std::process::exit(130); // what shells say of programs that Ctrl-C ended
+    });
+    #[cfg(target_os = "linux")]
+    for (signal, _) in ignored.into_iter().filter(|(_, ignored)| *ignored) {
+        // SAFETY: as above.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
 }
 
 /// The exit status; what went wrong is said.

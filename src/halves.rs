@@ -1,104 +1,204 @@
-//! f16 and bf16 to f32, exactly, and back, rounded to nearest even.
+//! f16 and bf16 to f32, exactly, and back, rounded to nearest even; and sums of them.
 //!
 //! As the crate `half` does it, but at any address and many at a time.
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
 
 use half::{bf16, f16};
 
 /// Numbers as they lie in memory, at any address.
 type Halves = [[u8; 2]];
 
-/// As many f32 as there are f16.
-pub(crate) fn f16_to_f32(from: &Halves, to: &mut [f32]) {
-    assert_eq!(from.len(), to.len());
+/// f16 or bf16.
+pub(crate) trait Half: bytemuck::Pod {
+    fn widen(self) -> f32;
+    fn round(x: f32) -> Self;
+
+    /// Eight of them.
+    ///
+    /// # Safety
+    /// The processor must have AVX2 and F16C.
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("f16c") {
-        // SAFETY: the instructions are there.
-        return unsafe { x86::f16_to_f32(from, to) };
-    }
-    for (to, x) in to.iter_mut().zip(from) {
-        *to = f16::from_ne_bytes(*x).to_f32();
-    }
-}
+    unsafe fn widen_8(x: __m128i) -> __m256;
 
-/// As many f16 as there are f32.
-pub(crate) fn f32_to_f16(from: &[f32], to: &mut [f16]) {
-    assert_eq!(from.len(), to.len());
+    /// Eight of them.
+    ///
+    /// # Safety
+    /// The processor must have AVX2 and F16C.
     #[cfg(target_arch = "x86_64")]
-    if is_x86_feature_detected!("f16c") {
-        // SAFETY: the instructions are there.
-        return unsafe { x86::f32_to_f16(from, to) };
+    unsafe fn round_8(x: __m256) -> __m128i;
+}
+
+impl Half for f16 {
+    fn widen(self) -> f32 {
+        self.to_f32()
     }
-    for (to, x) in to.iter_mut().zip(from) {
-        *to = f16::from_f32(*x);
+
+    fn round(x: f32) -> Self {
+        Self::from_f32(x)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn widen_8(x: __m128i) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_cvtph_ps(x) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn round_8(x: __m256) -> __m128i {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x) }
     }
 }
 
-/// As many f32 as there are bf16.
-pub(crate) fn bf16_to_f32(from: &Halves, to: &mut [f32]) {
-    assert_eq!(from.len(), to.len());
-    for (to, x) in to.iter_mut().zip(from) {
-        *to = f32::from_bits(u32::from(u16::from_ne_bytes(*x)) << 16);
+impl Half for bf16 {
+    fn widen(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
-}
 
-/// As many bf16 as there are f32.
-pub(crate) fn f32_to_bf16(from: &[f32], to: &mut [bf16]) {
-    assert_eq!(from.len(), to.len());
-    for (to, x) in to.iter_mut().zip(from) {
+    fn round(x: f32) -> Self {
         let bits = x.to_bits();
         // Half a step more than what is cut off, or one bit less where that makes the result even.
         let rounded = (bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16) as u16;
         let quiet = (bits >> 16) as u16 | 0x40;
-        *to = bf16::from_bits(if x.is_nan() { quiet } else { rounded });
+        Self::from_bits(if x.is_nan() { quiet } else { rounded })
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn widen_8(x: __m128i) -> __m256 {
+        // SAFETY: the caller's promise.
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))) }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    unsafe fn round_8(x: __m256) -> __m128i {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let bits = _mm256_castps_si256(x);
+            let high = _mm256_srli_epi32::<16>(bits);
+            // As above.
+            let odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+            let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+            let rounded = _mm256_srli_epi32::<16>(_mm256_add_epi32(bits, half));
+            let quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+            let is_nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+            let words = _mm256_blendv_epi8(rounded, quiet, is_nan);
+            // Four words of each half of the register, twice: the first and the third four are all.
+            let packed = _mm256_packus_epi32(words, words);
+            _mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b1000>(packed))
+        }
     }
 }
 
+/// Numbers that are converted at a time.
+const N: usize = 8;
+
 #[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
+fn by_eight() -> bool {
+    is_x86_feature_detected!("avx2") && is_x86_feature_detected!("f16c")
+}
 
-    use half::f16;
+/// As many f32 as there are halves.
+pub(crate) fn widen<H: Half>(from: &Halves, to: &mut [f32]) {
+    assert_eq!(from.len(), to.len());
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if by_eight() {
+        // SAFETY: the instructions are there.
+        done = unsafe { widen_by_eight::<H>(from, to) };
+    }
+    for (to, x) in to[done..].iter_mut().zip(&from[done..]) {
+        *to = bytemuck::pod_read_unaligned::<H>(x).widen();
+    }
+}
 
-    use super::Halves;
+/// As many halves as there are f32.
+pub(crate) fn round<H: Half>(from: &[f32], to: &mut [H]) {
+    assert_eq!(from.len(), to.len());
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if by_eight() {
+        // SAFETY: the instructions are there.
+        done = unsafe { round_by_eight(from, to) };
+    }
+    for (to, x) in to[done..].iter_mut().zip(&from[done..]) {
+        *to = H::round(*x);
+    }
+}
 
-    const N: usize = 8;
+/// Adds `scale` times numbers to as many others, in f32, and rounds each sum once.
+pub(crate) fn add_scaled<H: Half>(sum: &mut [H], scale: f32, added: &[H]) {
+    assert_eq!(sum.len(), added.len());
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if by_eight() {
+        // SAFETY: the instructions are there.
+        done = unsafe { add_by_eight(sum, scale, added) };
+    }
+    for (sum, a) in sum[done..].iter_mut().zip(&added[done..]) {
+        *sum = H::round(sum.widen() + scale * a.widen());
+    }
+}
 
-    /// # Safety
-    /// The processor must have F16C.
-    #[target_feature(enable = "avx,f16c")]
-    pub unsafe fn f16_to_f32(from: &Halves, to: &mut [f32]) {
-        let (chunks, rest) = from.as_chunks::<N>();
-        let (to_chunks, to_rest) = to.as_chunks_mut::<N>();
-        for (to, x) in to_chunks.iter_mut().zip(chunks) {
-            // SAFETY: 16 bytes, and room for eight numbers.
-            unsafe {
-                let x = _mm256_cvtph_ps(_mm_loadu_si128(x.as_ptr().cast()));
-                _mm256_storeu_ps(to.as_mut_ptr(), x);
-            }
-        }
-        for (to, x) in to_rest.iter_mut().zip(rest) {
-            *to = f16::from_ne_bytes(*x).to_f32();
+/// How many were converted: but for the last few, all.
+///
+/// # Safety
+/// The processor must have AVX2 and F16C.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn widen_by_eight<H: Half>(from: &Halves, to: &mut [f32]) -> usize {
+    let to = to.as_chunks_mut::<N>().0;
+    for (to, x) in to.iter_mut().zip(from.as_chunks::<N>().0) {
+        // SAFETY: 16 bytes, and room for eight numbers.
+        unsafe {
+            let x = _mm_loadu_si128(x.as_ptr().cast());
+            _mm256_storeu_ps(to.as_mut_ptr(), H::widen_8(x));
         }
     }
+    to.len() * N
+}
 
-    /// # Safety
-    /// The processor must have F16C.
-    #[target_feature(enable = "avx,f16c")]
-    pub unsafe fn f32_to_f16(from: &[f32], to: &mut [f16]) {
-        let (chunks, rest) = from.as_chunks::<N>();
-        let (to_chunks, to_rest) = to.as_chunks_mut::<N>();
-        for (to, x) in to_chunks.iter_mut().zip(chunks) {
-            // SAFETY: eight numbers, and room for 16 bytes.
-            unsafe {
-                let x = _mm256_loadu_ps(x.as_ptr());
-                let x = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x);
-                _mm_storeu_si128(to.as_mut_ptr().cast(), x);
-            }
-        }
-        for (to, x) in to_rest.iter_mut().zip(rest) {
-            *to = f16::from_f32(*x);
+/// As [`widen_by_eight`].
+///
+/// # Safety
+/// The processor must have AVX2 and F16C.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn round_by_eight<H: Half>(from: &[f32], to: &mut [H]) -> usize {
+    let to = to.as_chunks_mut::<N>().0;
+    for (to, x) in to.iter_mut().zip(from.as_chunks::<N>().0) {
+        // SAFETY: eight numbers, and room for 16 bytes.
+        unsafe {
+            let x = _mm256_loadu_ps(x.as_ptr());
+            _mm_storeu_si128(to.as_mut_ptr().cast(), H::round_8(x));
         }
     }
+    to.len() * N
+}
+
+/// As [`widen_by_eight`].
+///
+/// # Safety
+/// The processor must have AVX2 and F16C.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,f16c")]
+unsafe fn add_by_eight<H: Half>(sum: &mut [H], scale: f32, added: &[H]) -> usize {
+    let sum = sum.as_chunks_mut::<N>().0;
+    for (sum, added) in sum.iter_mut().zip(added.as_chunks::<N>().0) {
+        // SAFETY: 16 bytes each.
+        unsafe {
+            let x = H::widen_8(_mm_loadu_si128(sum.as_ptr().cast()));
+            let a = H::widen_8(_mm_loadu_si128(added.as_ptr().cast()));
+            let x = _mm256_add_ps(x, _mm256_mul_ps(_mm256_set1_ps(scale), a));
+            _mm_storeu_si128(sum.as_mut_ptr().cast(), H::round_8(x));
+        }
+    }
+    sum.len() * N
 }
 
 #[cfg(test)]
@@ -114,10 +214,10 @@ mod tests {
     fn every_half_becomes_its_f32() {
         let all: Vec<[u8; 2]> = (0..=u16::MAX).map(u16::to_ne_bytes).collect();
         let mut out = vec![0.0; all.len()];
-        f16_to_f32(&all, &mut out);
+        widen::<f16>(&all, &mut out);
         let expected = all.iter().map(|x| f16::from_ne_bytes(*x).to_f32());
         assert!(expected.zip(&out).all(|(a, b)| same(a, *b)));
-        bf16_to_f32(&all, &mut out);
+        widen::<bf16>(&all, &mut out);
         let expected = all.iter().map(|x| bf16::from_ne_bytes(*x).to_f32());
         assert!(expected.zip(&out).all(|(a, b)| same(a, *b)));
     }
@@ -136,7 +236,7 @@ mod tests {
             .map(|(a, b)| (a + b) / 2.0);
         all.extend(middle);
         let mut out = vec![f16::ZERO; all.len()];
-        f32_to_f16(&all, &mut out);
+        round(&all, &mut out);
         for (x, found) in all.iter().zip(&out) {
             assert!(
                 same(f16::from_f32(*x).to_f32(), found.to_f32()),
@@ -144,7 +244,7 @@ mod tests {
             );
         }
         let mut out = vec![bf16::ZERO; all.len()];
-        f32_to_bf16(&all, &mut out);
+        round(&all, &mut out);
         for (x, found) in all.iter().zip(&out) {
             assert!(
                 same(bf16::from_f32(*x).to_f32(), found.to_f32()),
@@ -160,14 +260,32 @@ mod tests {
             for start in 0..3 {
                 let from: &Halves = bytemuck::cast_slice(&bytes[start..][..2 * len]);
                 let mut to = vec![0.0; len];
-                f16_to_f32(from, &mut to);
+                widen::<f16>(from, &mut to);
                 let expected = from.iter().map(|x| f16::from_ne_bytes(*x).to_f32());
                 assert!(expected.zip(&to).all(|(a, b)| same(a, *b)));
                 let mut back = vec![f16::ZERO; len];
-                f32_to_f16(&to, &mut back);
+                round(&to, &mut back);
                 let bits = from.iter().map(|x| u16::from_ne_bytes(*x));
                 assert!(bits.zip(&back).all(|(a, b)| a == b.to_bits() || b.is_nan()));
             }
         }
+    }
+    fn check_sums<H: Half>() {
+        let all: Vec<H> = (0..=u16::MAX).map(|bits| bytemuck::cast(bits)).collect();
+        for (len, scale) in [(all.len(), -0.37), (all.len() - 5, 3.0), (3, 1.0)] {
+            let (added, sum) = (&all[..len], &all[all.len() - len..]);
+            let mut found = sum.to_vec();
+            add_scaled(&mut found, scale, added);
+            for ((a, x), found) in added.iter().zip(sum).zip(found) {
+                let expected = H::round(x.widen() + scale * a.widen());
+                assert!(same(expected.widen(), found.widen()));
+            }
+        }
+    }
+
+    #[test]
+    fn sums_are_rounded_once() {
+        check_sums::<f16>();
+        check_sums::<bf16>();
     }
 }

@@ -22,6 +22,7 @@
 
 mod adapter;
 mod attention;
+mod buffer;
 mod checkpoint;
 #[cfg(feature = "cli")]
 pub mod cli;
@@ -30,6 +31,7 @@ mod clip;
 mod component;
 mod convert;
 mod error;
+mod exp2;
 #[cfg(feature = "capi")]
 mod ffi;
 mod file;
@@ -40,6 +42,11 @@ mod json;
 #[cfg(feature = "clip")]
 mod label_list;
 mod labels;
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code, unused_macros, unused_imports)
+)]
+mod lanes;
 mod metadata;
 mod preset;
 mod product;

@@ -1,104 +1,250 @@
 //! Products with weights that stay in their file.
 
-use crate::{file::View, tensor::widen};
-
-/// Rows of a weight that are widened to f32 at a time: 1 MB at SDXL's width, so the scratch stays
-/// in cache and nothing the size of a weight is ever allocated.
-const ROWS: usize = 128;
-
-/// rows·Wᵀ in f32, for rows \[m, k\] and a weight W \[n, k\]. The error says what was not finite.
-pub(crate) fn times_transposed(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
-    let out = times_unchecked(rows, weight)?;
-    if !all_finite(&out) {
-        return Err("values that overflow float32 at these label weights".to_owned());
-    }
-    Ok(out)
-}
-
-/// rows·Wᵀ, and an error where the weight is not finite. Where the result is not, callers know why.
-fn times_unchecked(rows: &[f32], weight: View<'_>) -> Result<Vec<f32>, String> {
-    let &[inner_dim, dim] = weight.shape else {
-        panic!("the shape of weights is checked when a file is opened")
-    };
-    let mut out = vec![0f32; rows.len() / dim * inner_dim];
-    let mut block = vec![0f32; ROWS.min(inner_dim) * dim];
-    for (index, bytes) in weight
-        .bytes
-        .chunks(ROWS * dim * weight.dtype.size())
-        .enumerate()
-    {
-        let block = &mut block[..bytes.len() / weight.dtype.size()];
-        widen(weight.dtype, bytes, block);
-        if !all_finite(block) {
-            return Err("NaN or infinity".to_owned());
-        }
-        multiply(rows, block, dim, &mut out[index * ROWS..], inner_dim);
-    }
-    Ok(out)
-}
-
-/// rows·Wᵀ + b with all cores, for one weight after the other.
 #[cfg(feature = "clip")]
-pub(crate) fn times_transposed_in_parallel(
-    rows: &[f32],
-    weight: View<'_>,
-    bias: &[f32],
-) -> Result<Vec<f32>, String> {
-    use rayon::prelude::*;
+use rayon::prelude::*;
 
-    let &[inner_dim, dim] = weight.shape else {
-        panic!("the shape of weights is checked before they are used")
-    };
-    let parts: Vec<Vec<f32>> = weight
-        .bytes
-        .par_chunks(ROWS * dim * weight.dtype.size())
-        .map(|bytes| {
-            let shape = [bytes.len() / weight.dtype.size() / dim, dim];
-            let part = View {
-                shape: &shape,
-                bytes,
-                ..weight
-            };
-            times_unchecked(rows, part)
-        })
-        .collect::<Result<_, _>>()?;
-    let mut out = vec![0f32; rows.len() / dim * inner_dim];
-    let finite = out.par_chunks_mut(inner_dim).enumerate().all(|(row, out)| {
-        let blocks = out.chunks_mut(ROWS).zip(bias.chunks(ROWS));
-        for (part, (out, bias)) in parts.iter().zip(blocks) {
-            let part = &part[row * out.len()..];
-            for ((out, x), b) in out.iter_mut().zip(part).zip(bias) {
-                *out = x + b;
+#[cfg(target_arch = "x86_64")]
+use crate::lanes::x86::{Avx512, products_avx512};
+use crate::{
+    DType, Kernel, Result,
+    buffer::{Buffer, pack},
+    file::View,
+    lanes::Panels,
+    tensor::widen,
+};
+
+/// Rows \[m, k\] to multiply weights \[n, k\] with, packed once for all of them.
+pub(crate) struct Rows {
+    numbers: Buffer,
+    /// m
+    count: usize,
+    /// k
+    dim: usize,
+    packing: Packing,
+}
+
+enum Packing {
+    /// One after the other, for the crate `gemm`; no slower than the AVX2 kernel of attention.
+    Dense,
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Panels),
+}
+
+impl Rows {
+    /// # Errors
+    /// When the environment's kernel is none, or memory is short.
+    pub fn new(rows: &[f32], dim: usize) -> Result<Self> {
+        Self::packed_for(Kernel::chosen()?, rows, dim)
+    }
+
+    fn packed_for(kernel: Kernel, rows: &[f32], dim: usize) -> Result<Self> {
+        let count = rows.len() / dim;
+        assert!(count > 0 && count * dim == rows.len());
+        let packing = match kernel {
+            #[cfg(target_arch = "x86_64")]
+            Kernel::Avx512 => Packing::Avx512(Panels::new::<Avx512>(count, dim)),
+            _ => Packing::Dense,
+        };
+        let padded = packing.panels().map_or(count, Panels::padded);
+        let mut packed = Self {
+            numbers: Buffer::zeros(padded.saturating_mul(dim))?,
+            count,
+            dim,
+            packing,
+        };
+        match packed.packing.panels() {
+            None => pack(&mut packed.numbers, (rows, 1.0), None),
+            // A row of ours is a column to a weight's rows.
+            Some(panels) => {
+                for (column, row) in rows.chunks_exact(dim).enumerate() {
+                    panels.pack_column(&mut packed.numbers, column, (row, 1.0));
+                }
             }
         }
-        all_finite(out)
-    });
-    if !finite {
-        return Err("values with which float32 overflows".to_owned());
+        Ok(packed)
     }
-    Ok(out)
+
+    /// rows·Wᵀ \[m, n\] in f32. The error says what was not finite.
+    pub fn times_transposed(&self, weight: View<'_>) -> std::result::Result<Vec<f32>, String> {
+        let inner_dim = self.rows_of(weight);
+        let mut out = vec![0f32; self.count * inner_dim];
+        let mut scratch = Scratch::new(self);
+        for (index, bytes) in self.blocks(weight).enumerate() {
+            let out = &mut out[index * self.packing.step()..];
+            self.multiply((weight.dtype, bytes), &mut scratch, out, inner_dim);
+        }
+        finite(
+            out,
+            weight,
+            "values that overflow float32 at these label weights",
+        )
+    }
+
+    /// rows·Wᵀ + b \[m, n\] with all cores, for one weight after the other.
+    #[cfg(feature = "clip")]
+    pub fn times_transposed_in_parallel(
+        &self,
+        weight: View<'_>,
+        bias: &[f32],
+    ) -> std::result::Result<Vec<f32>, String> {
+        let inner_dim = self.rows_of(weight);
+        let step = self.packing.step();
+        let blocks: Vec<&[u8]> = self.blocks(weight).collect();
+        let parts: Vec<Vec<f32>> = blocks
+            .into_par_iter()
+            .map_init(
+                || Scratch::new(self),
+                |scratch, bytes| {
+                    let rows = bytes.len() / weight.dtype.size() / self.dim;
+                    let mut part = vec![0f32; self.count * rows];
+                    self.multiply((weight.dtype, bytes), scratch, &mut part, rows);
+                    part
+                },
+            )
+            .collect();
+        let mut out = vec![0f32; self.count * inner_dim];
+        out.par_chunks_mut(inner_dim)
+            .enumerate()
+            .for_each(|(row, out)| {
+                let blocks = out.chunks_mut(step).zip(bias.chunks(step));
+                for (part, (out, bias)) in parts.iter().zip(blocks) {
+                    let part = &part[row * out.len()..];
+                    for ((out, x), b) in out.iter_mut().zip(part).zip(bias) {
+                        *out = x + b;
+                    }
+                }
+            });
+        finite(out, weight, "values with which float32 overflows")
+    }
+
+    fn rows_of(&self, weight: View<'_>) -> usize {
+        match weight.shape {
+            &[inner_dim, dim] if dim == self.dim => inner_dim,
+            _ => panic!("the shape of weights is checked before they are used"),
+        }
+    }
+
+    fn blocks<'a>(&self, weight: View<'a>) -> impl Iterator<Item = &'a [u8]> {
+        let row = self.dim * weight.dtype.size();
+        weight.bytes.chunks(self.packing.step() * row)
+    }
+
+    /// Rows of a weight, at most a step's, times ours: columns of `out`, whose rows are `out_stride`
+    /// apart.
+    fn multiply(
+        &self,
+        (dtype, bytes): (DType, &[u8]),
+        scratch: &mut Scratch,
+        out: &mut [f32],
+        out_stride: usize,
+    ) {
+        let (dim, stride) = (self.dim, self.packing.stride(self.dim));
+        let rows = bytes.chunks_exact(dim * dtype.size());
+        let count = rows.len();
+        assert!(count <= self.packing.step() && (self.count - 1) * out_stride + count <= out.len());
+        for (row, to) in rows.zip(scratch.block.chunks_mut(stride)) {
+            widen(dtype, row, &mut to[..dim]);
+        }
+        match &self.packing {
+            Packing::Dense => {
+                let rows = (self.numbers.as_ptr(), dim as isize);
+                // SAFETY: `numbers` are `self.count` dense rows of `dim`; `out`, borrowed mutably, has
+                // room as asserted above.
+                unsafe {
+                    let out = (out.as_mut_ptr(), out_stride as isize);
+                    product(
+                        [self.count, count, dim],
+                        out,
+                        rows,
+                        &scratch.block,
+                        (1, dim as isize),
+                    );
+                }
+            }
+            #[cfg(target_arch = "x86_64")]
+            Packing::Avx512(panels) => {
+                let Scratch { block, sums } = scratch;
+                let width = panels.padded();
+                assert!(block.len() >= count * stride && sums.len() >= count * width);
+                let (numbers, block) = (&self.numbers, (block.as_ptr(), stride as isize));
+                // SAFETY: `packed_for` was told of a kernel that is available; `numbers` are packed by
+                // these panels, and `block` and `sums` have `count` rows, as asserted above.
+                unsafe {
+                    products_avx512(panels, numbers, dim, block, count, sums.as_mut_ptr());
+                }
+                for (i, out) in out.chunks_mut(out_stride).take(self.count).enumerate() {
+                    for (out, sums) in out[..count].iter_mut().zip(sums.chunks_exact(width)) {
+                        *out = sums[i];
+                    }
+                }
+            }
+        }
+    }
 }
 
-/// Does not stop at the first that is not, so that several are looked at together.
-fn all_finite(values: &[f32]) -> bool {
-    values.iter().fold(true, |all, x| all & x.is_finite())
+impl Packing {
+    fn panels(&self) -> Option<&Panels> {
+        match self {
+            Self::Dense => None,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(panels) => Some(panels),
+        }
+    }
+
+    /// Rows of a weight that are widened to f32 at a time, so that nothing the size of a weight is ever
+    /// allocated: a multiple of the rows of every tile, which stay in cache beside the packed rows.
+    /// `gemm` packs ours again each time, and so has more.
+    fn step(&self) -> usize {
+        match self.panels() {
+            None => 128,
+            Some(_) => 40,
+        }
+    }
+
+    /// From a widened row to the next. A power of two apart, they would share a few lines of the
+    /// nearest cache.
+    fn stride(&self, dim: usize) -> usize {
+        match self.panels() {
+            None => dim,
+            Some(_) => dim + 16,
+        }
+    }
 }
 
-/// out\[m, n\] = Σ_k lhs\[m, k\]·rhs\[n, k\], where rows of `out` are `out_stride` apart.
-fn multiply(lhs: &[f32], rhs: &[f32], k: usize, out: &mut [f32], out_stride: usize) {
-    let (m, n) = (lhs.len() / k, rhs.len() / k);
-    assert!(m * k == lhs.len() && n * k == rhs.len() && n <= out_stride);
-    assert!(out.len() >= (m - 1) * out_stride + n);
-    let signed = |stride: usize| isize::try_from(stride).expect("slices are shorter than isize");
-    // SAFETY: with the strides given, `out` is written at [0, (m-1)·out_stride + n) and `lhs` read at
-    // [0, m·k), inside their slices as asserted above; `out` is borrowed mutably.
-    unsafe {
-        let (out, lhs) = (
-            (out.as_mut_ptr(), signed(out_stride)),
-            (lhs.as_ptr(), signed(k)),
-        );
-        product([m, n, k], out, lhs, rhs, (1, signed(k)));
+/// A step's widened rows of a weight, and their products.
+struct Scratch {
+    block: Vec<f32>,
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    sums: Vec<f32>,
+}
+
+impl Scratch {
+    fn new(rows: &Rows) -> Self {
+        let (step, panels) = (rows.packing.step(), rows.packing.panels());
+        Self {
+            block: vec![0.0; step * rows.packing.stride(rows.dim)],
+            sums: vec![0.0; panels.map_or(0, |panels| step * panels.padded())],
+        }
     }
+}
+
+/// Checks products with a weight. What is not finite in it makes products that are not, whatever it
+/// is multiplied with, so that the weight is only looked at when one is found.
+fn finite(
+    products: Vec<f32>,
+    weight: View<'_>,
+    overflow: &str,
+) -> std::result::Result<Vec<f32>, String> {
+    // Does not stop at the first that is not, so that several are looked at together.
+    if products.iter().fold(true, |all, x| all & x.is_finite()) {
+        return Ok(products);
+    }
+    let found = if weight.to_tensor().is_finite() {
+        overflow
+    } else {
+        "NaN or infinity"
+    };
+    Err(found.to_owned())
 }
 
 /// out\[m, n\] = lhs\[m, k\]·rhs\[k, n\], in the thread that asks. `lhs` and `out` have rows, a stride
@@ -147,23 +293,70 @@ mod tests {
     use super::*;
 
     #[test]
-    fn multiply_is_the_plain_triple_loop() {
-        let (m, n, k, stride) = (3, 5, 7, 6);
-        let lhs: Vec<f32> = (0..m * k).map(|i| i as f32 - 9.0).collect();
-        let rhs: Vec<f32> = (0..n * k).map(|i| (i % 11) as f32).collect();
-        let mut out = vec![-1.0; (m - 1) * stride + n];
-        multiply(&lhs, &rhs, k, &mut out, stride);
-        for i in 0..m {
-            for j in 0..stride {
-                let expected = if j < n {
-                    // Small whole numbers: exact in any order of summation.
-                    (0..k).map(|l| lhs[i * k + l] * rhs[j * k + l]).sum()
-                } else {
-                    -1.0
+    fn every_kernel_is_the_plain_triple_loop() {
+        let kernels = Kernel::ALL
+            .into_iter()
+            .filter(|kernel| kernel.is_available());
+        for kernel in kernels {
+            // One row and one block, whole panels and steps, and a number more than those.
+            for (m, n, k) in [
+                (1, 1, 1),
+                (3, 5, 7),
+                (77, 40, 64),
+                (80, 129, 33),
+                (154, 81, 130),
+            ] {
+                let rows: Vec<f32> = (0..m * k).map(|i| (i % 19) as f32 - 9.0).collect();
+                let weight: Vec<f32> = (0..n * k).map(|i| (i % 11) as f32).collect();
+                let view = View {
+                    dtype: DType::F32,
+                    shape: &[n, k],
+                    bytes: bytemuck::cast_slice(&weight),
                 };
-                if let Some(found) = out.get(i * stride + j) {
-                    assert_eq!(*found, expected, "[{i}, {j}]");
+                let rows_of = Rows::packed_for(kernel, &rows, k).unwrap();
+                let found = rows_of.times_transposed(view).unwrap();
+                let products = (0..m * n).map(|i| {
+                    let (row, weight) = (&rows[i / n * k..][..k], &weight[i % n * k..][..k]);
+                    // Small whole numbers: exact in any order of summation.
+                    row.iter().zip(weight).map(|(a, b)| a * b).sum::<f32>()
+                });
+                let expected: Vec<f32> = products.collect();
+                assert_eq!(found, expected, "{kernel} {m} {n} {k}");
+                #[cfg(feature = "clip")]
+                {
+                    let bias: Vec<f32> = (0..n).map(|i| i as f32).collect();
+                    let found = rows_of.times_transposed_in_parallel(view, &bias).unwrap();
+                    let expected = expected.iter().enumerate().map(|(i, x)| x + bias[i % n]);
+                    assert_eq!(found, expected.collect::<Vec<_>>(), "{kernel} {m} {n} {k}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_not_finite_is_said() {
+        let kernels = Kernel::ALL
+            .into_iter()
+            .filter(|kernel| kernel.is_available());
+        for kernel in kernels {
+            for (weight, rows, found) in [
+                (f32::NAN, 0.0, "NaN or infinity"),
+                (f32::INFINITY, 0.0, "NaN or infinity"),
+                (
+                    f32::MAX,
+                    2.0,
+                    "values that overflow float32 at these label weights",
+                ),
+            ] {
+                let rows = Rows::packed_for(kernel, &[rows; 6], 3).unwrap();
+                let mut weights = [1.0; 12];
+                weights[7] = weight;
+                let view = View {
+                    dtype: DType::F32,
+                    shape: &[4, 3],
+                    bytes: bytemuck::cast_slice(&weights),
+                };
+                assert_eq!(rows.times_transposed(view).unwrap_err(), found, "{kernel}");
             }
         }
     }

@@ -3,7 +3,7 @@
 use candle_core::{Device, Tensor};
 use candle_nn::{LayerNorm, Module};
 
-use crate::{Result, file::File, product::times_transposed};
+use crate::{Result, file::File, product::Rows};
 
 const ZERO_WEIGHT: &str = "projection.zero.weight";
 
@@ -106,7 +106,8 @@ impl Projection {
                     mixed = mixed.broadcast_add(bias)?;
                 }
                 let normed: Vec<f32> = norm.forward(&mixed)?.flatten_all()?.to_vec1()?;
-                let f_a = times_transposed(&normed, file.tensor(ZERO_WEIGHT)?)
+                let f_a = Rows::new(&normed, dim)?
+                    .times_transposed(file.tensor(ZERO_WEIGHT)?)
                     .map_err(|found| file.tensor_error(ZERO_WEIGHT, "finite values", found))?;
                 let f_a = Tensor::from_vec(f_a, (tokens, dim), &Device::Cpu)?;
                 let f_a = f_a.broadcast_add(zero_bias)?;

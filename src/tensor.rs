@@ -2,10 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::{
-    halves::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16},
-    metadata::named,
-};
+use crate::{halves, metadata::named};
 
 named! {
     /// Element type of a tensor; the names are those of torch and numpy.
@@ -90,8 +87,8 @@ impl Tensor {
     pub(crate) fn rounded(shape: impl Into<Vec<usize>>, values: Vec<f32>, dtype: DType) -> Self {
         let data = match dtype {
             DType::F32 => Data::F32(values),
-            DType::F16 => Data::F16(converted(&values, f32_to_f16)),
-            DType::BF16 => Data::BF16(converted(&values, f32_to_bf16)),
+            DType::F16 => Data::F16(converted(&values, halves::round)),
+            DType::BF16 => Data::BF16(converted(&values, halves::round)),
         };
         Self::new(shape, data)
     }
@@ -164,7 +161,7 @@ pub(crate) fn widen(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     debug_assert_eq!(bytes.len(), out.len() * dtype.size());
     match dtype {
         DType::F32 => bytemuck::cast_slice_mut(out).copy_from_slice(bytes),
-        DType::F16 => f16_to_f32(bytemuck::cast_slice(bytes), out),
-        DType::BF16 => bf16_to_f32(bytemuck::cast_slice(bytes), out),
+        DType::F16 => halves::widen::<f16>(bytemuck::cast_slice(bytes), out),
+        DType::BF16 => halves::widen::<bf16>(bytemuck::cast_slice(bytes), out),
     }
 }

@@ -6,7 +6,7 @@ use crate::{
     ApplyTo, Base, DType, Labels, Layers, Result, Tensor,
     file::{File, View},
     metadata::Common,
-    product::times_transposed,
+    product::Rows,
     projection::Sizes,
 };
 
@@ -147,13 +147,13 @@ impl Values {
 /// V_a = f_a·W_Vaᵀ of one layer for one or two stacked contexts \[C or 2·C, d\], in f32, rounded to
 /// `dtype` at the end. The error says what was not finite.
 pub(crate) fn layer_values(
-    contexts: &[f32],
+    contexts: &Rows,
     sizes: Sizes,
     weight: View<'_>,
     dtype: DType,
 ) -> std::result::Result<LayerValues, String> {
     let (tokens, inner_dim) = (sizes.tokens, weight.shape[0]);
-    let mut out = times_transposed(contexts, weight)?;
+    let mut out = contexts.times_transposed(weight)?;
     let uncond = out.split_off(tokens * inner_dim);
     let finish = |values: Vec<f32>| {
         let tensor = Tensor::rounded([tokens, inner_dim], values, dtype);

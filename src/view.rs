@@ -4,10 +4,7 @@ use std::marker::PhantomData;
 
 use half::{bf16, f16};
 
-use crate::{
-    DType, Error, Result, Tensor,
-    halves::{bf16_to_f32, f16_to_f32, f32_to_bf16, f32_to_f16},
-};
+use crate::{DType, Error, Result, Tensor, halves};
 
 /// A host's tensor, read where it lies: `[batch, tokens, heads, head dim]`, with any strides.
 ///
@@ -128,6 +125,18 @@ impl Layout {
         Some(self)
     }
 
+    /// The same elements with `count` tokens as one, if they are adjacent in memory and have one head.
+    fn merge_tokens(mut self, count: usize) -> Option<Self> {
+        let [_, tokens, heads, dim] = self.shape;
+        let adjacent = Some(self.strides[1]) == self.strides[3].checked_mul(dim as isize);
+        if self.is_empty() || heads != 1 || !adjacent || !tokens.is_multiple_of(count) {
+            return None;
+        }
+        (self.shape[1], self.shape[3]) = (tokens / count, count * dim);
+        self.strides[1] *= count as isize;
+        Some(self)
+    }
+
     /// Dimensions of size 1 are broadcast: any index into them means 0.
     fn clamp(&self, index: &mut [usize; 4]) {
         for (i, size) in index.iter_mut().zip(self.shape) {
@@ -137,10 +146,10 @@ impl Layout {
         }
     }
 
-    /// Where a slice of `len` f32 starts at this index, if the elements are adjacent f32.
-    fn f32_slice(&self, index: [usize; 4], len: usize) -> Option<isize> {
+    /// Where a slice of `len` elements starts at this index, if they are adjacent and of this type.
+    fn slice<T: Element>(&self, index: [usize; 4], len: usize) -> Option<isize> {
         assert!(index[3] + len <= self.shape[3]);
-        (self.dtype == DType::F32 && self.strides[3] == 1).then(|| self.offset(index))
+        (self.dtype == T::DTYPE && self.strides[3] == 1).then(|| self.offset(index))
     }
 
     /// The first and the last address of any element; `None` without elements.
@@ -238,19 +247,24 @@ impl<'a> TensorView<'a> {
         Some(Self { layout, ..self })
     }
 
+    pub(crate) fn merge_tokens(self, count: usize) -> Option<Self> {
+        let layout = self.layout.merge_tokens(count)?;
+        Some(Self { layout, ..self })
+    }
+
     /// The row from this index on, and how far the next token's is, where rows are adjacent f32.
     pub(crate) fn rows(&self, index: [usize; 4]) -> Option<(*const f32, isize)> {
-        let offset = self.layout.f32_slice(index, self.layout.shape[3])?;
+        let offset = self.layout.slice::<f32>(index, self.layout.shape[3])?;
         let data = self.data.cast::<f32>().wrapping_offset(offset);
         Some((data, self.layout.strides[1]))
     }
 
     /// The elements along the last dimension where they can be used as a slice.
-    fn f32_row(&self, mut index: [usize; 4], len: usize) -> Option<&'a [f32]> {
+    fn slice<T: Element>(&self, mut index: [usize; 4], len: usize) -> Option<&'a [T]> {
         self.layout.clamp(&mut index);
-        let offset = self.layout.f32_slice(index, len)?;
+        let offset = self.layout.slice::<T>(index, len)?;
         // SAFETY: as in `read_row`; adjacent elements are a slice.
-        Some(unsafe { std::slice::from_raw_parts(self.data.cast::<f32>().offset(offset), len) })
+        Some(unsafe { std::slice::from_raw_parts(self.data.cast::<T>().offset(offset), len) })
     }
 
     /// The row from this index on, where it lies, or read into `scratch`, which is as long.
@@ -258,7 +272,7 @@ impl<'a> TensorView<'a> {
     where
         'a: 'b,
     {
-        match self.f32_row(index, scratch.len()) {
+        match self.slice(index, scratch.len()) {
             Some(row) => row,
             None => {
                 self.read_row(index, scratch);
@@ -381,6 +395,14 @@ impl<'a> TensorViewMut<'a> {
         })
     }
 
+    pub(crate) fn merge_tokens(&mut self, count: usize) -> Option<TensorViewMut<'_>> {
+        let layout = self.layout.merge_tokens(count)?;
+        Some(TensorViewMut {
+            layout,
+            ..self.reborrow()
+        })
+    }
+
     /// Whether the memory that this view spans overlaps that of another.
     pub(crate) fn overlaps(&self, other: &TensorView<'_>) -> bool {
         match (
@@ -393,6 +415,7 @@ impl<'a> TensorViewMut<'a> {
     }
 
     /// Copies `[1, tokens, 1, width]` into a view of as many elements and any number of heads.
+    #[cfg(feature = "capi")]
     pub(crate) fn copy_from(&mut self, argument: &str, from: TensorView<'_>) -> Result<()> {
         let [batch, tokens, heads, dim] = self.layout.shape;
         let [_, expected, _, width] = from.layout.shape;
@@ -422,28 +445,41 @@ impl<'a> TensorViewMut<'a> {
         (other, other_index): (TensorView<'_>, [usize; 4]),
         scratch: &mut [Vec<f32>; 2],
     ) {
+        fn same<T: Element>(
+            view: &mut TensorViewMut<'_>,
+            index: [usize; 4],
+            scale: f32,
+            added: Option<&[T]>,
+        ) -> Option<()> {
+            let added = added?;
+            T::add_scaled(view.slice(index, added.len())?, scale, added);
+            Some(())
+        }
+        let done = match self.layout.dtype {
+            DType::F32 => None,
+            DType::F16 => same::<f16>(self, index, scale, other.slice(other_index, len)),
+            DType::BF16 => same::<bf16>(self, index, scale, other.slice(other_index, len)),
+        };
+        if done.is_some() {
+            return;
+        }
         let [sum, added] = scratch;
         added.resize(len, 0.0);
         let added = other.row(other_index, added);
-        let add = |sum: &mut [f32]| {
-            for (x, a) in sum.iter_mut().zip(added) {
-                *x += scale * a;
-            }
-        };
-        if let Some(row) = self.f32_row(index, len) {
-            return add(row);
+        if let Some(row) = self.slice(index, len) {
+            return f32::add_scaled(row, scale, added);
         }
         sum.resize(len, 0.0);
         self.as_read().read_row(index, sum);
-        add(sum);
+        f32::add_scaled(sum, scale, added);
         self.write_row(index, sum);
     }
 
     /// The elements along the last dimension where they can be used as a slice.
-    fn f32_row(&mut self, index: [usize; 4], len: usize) -> Option<&mut [f32]> {
-        let offset = self.layout.f32_slice(index, len)?;
+    fn slice<T: Element>(&mut self, index: [usize; 4], len: usize) -> Option<&mut [T]> {
+        let offset = self.layout.slice::<T>(index, len)?;
         // SAFETY: as in `read_row`; the view is exclusive.
-        Some(unsafe { std::slice::from_raw_parts_mut(self.data.cast::<f32>().offset(offset), len) })
+        Some(unsafe { std::slice::from_raw_parts_mut(self.data.cast::<T>().offset(offset), len) })
     }
 
     /// Writes `values` along the last dimension from this index on, rounded to nearest even.
@@ -483,7 +519,7 @@ impl RawRows<'_> {
 
     /// As [`TensorView::rows`].
     pub fn rows(&self, index: [usize; 4]) -> Option<(*mut f32, isize)> {
-        let offset = self.layout.f32_slice(index, self.layout.shape[3])?;
+        let offset = self.layout.slice::<f32>(index, self.layout.shape[3])?;
         let data = self.data.cast::<f32>().wrapping_offset(offset);
         Some((data, self.layout.strides[1]))
     }
@@ -516,11 +552,17 @@ pub(crate) fn dense_strides(shape: [usize; 4]) -> [isize; 4] {
 
 /// An element type, converted a slice at a time where the elements are adjacent.
 trait Element: Copy {
+    const DTYPE: DType;
+
     fn widen(from: &[Self], to: &mut [f32]);
     fn narrow(from: &[f32], to: &mut [Self]);
+    /// Adds `scale` times numbers to as many others, in f32, and rounds each sum once.
+    fn add_scaled(sum: &mut [Self], scale: f32, added: &[Self]);
 }
 
 impl Element for f32 {
+    const DTYPE: DType = DType::F32;
+
     fn widen(from: &[Self], to: &mut [f32]) {
         to.copy_from_slice(from);
     }
@@ -528,25 +570,50 @@ impl Element for f32 {
     fn narrow(from: &[f32], to: &mut [Self]) {
         to.copy_from_slice(from);
     }
+
+    fn add_scaled(sum: &mut [Self], scale: f32, added: &[Self]) {
+        #[inline(always)]
+        fn add(sum: &mut [f32], scale: f32, added: &[f32]) {
+            for (x, a) in sum.iter_mut().zip(added) {
+                *x += scale * a;
+            }
+        }
+        /// # Safety
+        /// The processor must have AVX2.
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2")]
+        unsafe fn add_avx2(sum: &mut [f32], scale: f32, added: &[f32]) {
+            add(sum, scale, added);
+        }
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the instructions are there.
+            return unsafe { add_avx2(sum, scale, added) };
+        }
+        add(sum, scale, added);
+    }
 }
 
-macro_rules! half_element {
-    ($($type:ty: $widen:ident, $narrow:ident;)*) => {$(
+macro_rules! half_elements {
+    ($($type:ty: $dtype:ident),*) => {$(
         impl Element for $type {
+            const DTYPE: DType = DType::$dtype;
+
             fn widen(from: &[Self], to: &mut [f32]) {
-                $widen(bytemuck::cast_slice(from), to);
+                halves::widen::<Self>(bytemuck::cast_slice(from), to);
             }
 
             fn narrow(from: &[f32], to: &mut [Self]) {
-                $narrow(from, to);
+                halves::round(from, to);
+            }
+
+            fn add_scaled(sum: &mut [Self], scale: f32, added: &[Self]) {
+                halves::add_scaled(sum, scale, added);
             }
         }
     )*};
 }
-half_element! {
-    f16: f16_to_f32, f32_to_f16;
-    bf16: bf16_to_f32, f32_to_bf16;
-}
+half_elements!(f16: F16, bf16: BF16);
 
 /// # Safety
 /// `out.len()` elements, `stride` apart, must be readable from `data` on.

@@ -5,9 +5,11 @@ use std::{
     sync::atomic::{AtomicUsize, Ordering},
 };
 
-use super::{Checked, buffer::Buffer, engine::Engine};
+use super::{Checked, engine::Engine};
 use crate::{
-    Result, threads,
+    Result,
+    buffer::Buffer,
+    threads,
     view::{RawRows, TensorView},
 };
 

@@ -2,10 +2,12 @@
 
 use std::{env, fmt, sync::LazyLock};
 
-use super::{blocks::Block, portable};
-#[cfg(target_arch = "x86_64")]
-use super::{lanes::Plan, x86};
-use crate::{Error, Result};
+use super::{blocks::Block, portable, vectors::Plan};
+use crate::{
+    Error, Result,
+    buffer::{Scaled, pack},
+    lanes::prefetch,
+};
 
 /// What computes attention. All kernels give the same result but for rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +21,8 @@ pub enum Kernel {
     Avx2,
     /// x86-64 with AVX-512 F.
     Avx512,
+    /// AArch64, which always has NEON.
+    Neon,
 }
 
 /// The variable that forces a kernel.
@@ -26,7 +30,13 @@ const VARIABLE: &str = "VMIX_KERNEL";
 
 impl Kernel {
     /// From the plainest to the fastest.
-    pub const ALL: [Self; 4] = [Self::Plain, Self::Portable, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 5] = [
+        Self::Plain,
+        Self::Portable,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Neon,
+    ];
 
     /// Its name, as the environment variable `VMIX_KERNEL` has it.
     pub fn name(self) -> &'static str {
@@ -35,6 +45,7 @@ impl Kernel {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Neon => "neon",
         }
     }
 
@@ -48,6 +59,7 @@ impl Kernel {
             Self::Avx512 => is_x86_feature_detected!("avx512f"),
             #[cfg(not(target_arch = "x86_64"))]
             Self::Avx2 | Self::Avx512 => false,
+            Self::Neon => cfg!(target_arch = "aarch64"),
         }
     }
 
@@ -81,34 +93,8 @@ impl fmt::Display for Kernel {
 
 /// A kernel for one number of keys and one width of heads.
 pub(super) enum Engine {
-    Portable {
-        keys: usize,
-        dim: usize,
-    },
-    #[cfg(target_arch = "x86_64")]
-    Avx2(Plan),
-    #[cfg(target_arch = "x86_64")]
-    Avx512(Plan),
-}
-
-/// Numbers, and what each is multiplied with.
-pub(super) type Scaled<'a> = (&'a [f32], f32);
-
-/// Writes a row, or the sum of two.
-#[inline(always)]
-pub(super) fn pack(to: &mut [f32], (row, factor): Scaled<'_>, added: Option<Scaled<'_>>) {
-    match added {
-        None => {
-            for (to, x) in to.iter_mut().zip(row) {
-                *to = x * factor;
-            }
-        }
-        Some((added, strength)) => {
-            for ((to, x), a) in to.iter_mut().zip(row).zip(added) {
-                *to = x * factor + strength * a;
-            }
-        }
-    }
+    Portable { keys: usize, dim: usize },
+    Vectors(Plan),
 }
 
 impl Engine {
@@ -118,41 +104,36 @@ impl Engine {
         assert!(kernel.is_available());
         match kernel {
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx2 => Self::Avx2(Plan::new::<x86::Avx2>(keys, dim)),
+            Kernel::Avx2 => Self::Vectors(Plan::avx2(keys, dim)),
             #[cfg(target_arch = "x86_64")]
-            Kernel::Avx512 => Self::Avx512(Plan::new::<x86::Avx512>(keys, dim)),
+            Kernel::Avx512 => Self::Vectors(Plan::avx512(keys, dim)),
+            #[cfg(target_arch = "aarch64")]
+            Kernel::Neon => Self::Vectors(Plan::neon(keys, dim)),
             Kernel::Portable => Self::Portable { keys, dim },
             _ => unreachable!("{kernel} works on whole tensors"),
         }
     }
 
-    fn plan(&self) -> Option<&Plan> {
-        match self {
-            Self::Portable { .. } => None,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(plan) | Self::Avx512(plan) => Some(plan),
-        }
-    }
-
     /// Queries of a block are best a multiple of this.
     pub fn block_step(&self) -> usize {
-        self.plan().map_or(portable::ROWS, Plan::block_step)
+        match self {
+            Self::Portable { .. } => portable::ROWS,
+            Self::Vectors(plan) => plan.block_step(),
+        }
     }
 
     /// Length of a row of scores.
     pub fn padded_keys(&self) -> usize {
         match self {
             Self::Portable { keys, .. } => *keys,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(plan) | Self::Avx512(plan) => plan.keys.padded(),
+            Self::Vectors(plan) => plan.keys.padded(),
         }
     }
 
     fn dim(&self) -> usize {
         match self {
             Self::Portable { dim, .. } => *dim,
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(plan) | Self::Avx512(plan) => plan.values.columns,
+            Self::Vectors(plan) => plan.values.columns,
         }
     }
 
@@ -160,8 +141,7 @@ impl Engine {
     pub fn packed_len(&self) -> (usize, usize) {
         let (keys, values) = match self {
             Self::Portable { keys, dim } => ((*keys, *dim), (*keys, *dim)),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(plan) | Self::Avx512(plan) => (
+            Self::Vectors(plan) => (
                 (plan.keys.padded(), plan.values.columns),
                 (plan.keys.columns, plan.values.padded()),
             ),
@@ -174,19 +154,16 @@ impl Engine {
 
     /// Asks for a row's lines of the cache.
     pub fn prefetch(&self, row: Option<*const f32>) {
-        #[cfg(target_arch = "x86_64")]
-        if let (Self::Avx2(plan) | Self::Avx512(plan), Some(row)) = (self, row) {
-            x86::prefetch(row, plan.values.columns);
+        if let (Self::Vectors(plan), Some(row)) = (self, row) {
+            prefetch(row, plan.values.columns);
         }
-        #[cfg(not(target_arch = "x86_64"))]
-        let _ = row;
     }
 
     /// A key.
     pub fn pack_key(&self, packed: &mut [f32], key: usize, row: Scaled<'_>) {
-        match self.plan() {
-            Some(plan) => plan.keys.pack_column(packed, key, row),
-            None => pack(&mut packed[key * row.0.len()..], row, None),
+        match self {
+            Self::Portable { .. } => pack(&mut packed[key * row.0.len()..], row, None),
+            Self::Vectors(plan) => plan.keys.pack_column(packed, key, row),
         }
     }
 
@@ -201,11 +178,7 @@ impl Engine {
         match self {
             Self::Portable { .. } => pack(&mut packed[key * row.0.len()..], row, added),
             // SAFETY: `new` has looked for the instructions.
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2(plan) => unsafe { x86::pack_value_avx2(plan, packed, key, row, added) },
-            // SAFETY: as above.
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512(plan) => unsafe { x86::pack_value_avx512(plan, packed, key, row, added) },
+            Self::Vectors(plan) => unsafe { plan.pack_value(packed, key, row, added) },
         }
     }
 
@@ -232,10 +205,7 @@ impl Engine {
         unsafe {
             match self {
                 Self::Portable { keys, dim } => portable::block(*keys, *dim, block),
-                #[cfg(target_arch = "x86_64")]
-                Self::Avx2(plan) => x86::block_avx2(plan, block),
-                #[cfg(target_arch = "x86_64")]
-                Self::Avx512(plan) => x86::block_avx512(plan, block),
+                Self::Vectors(plan) => plan.block(block),
             }
         }
     }

@@ -6,6 +6,9 @@ use crate::{
     view::{TensorView, TensorViewMut},
 };
 
+/// Numbers that are added at a time: what is converted stays in the nearest cache.
+const PART: usize = 2048;
+
 /// V_c + λ·V_a in place (paper, eq. 9), all that a host with an attention of its own needs.
 ///
 /// `value` is `[B, k·C, H, D]`; `aes_value` `[1 or B, C, H, D]` or `[1 or B, C, 1, H·D]`, repeated k
@@ -34,8 +37,15 @@ pub fn mix_values(
         (Some(value), Some(aes_value)) => (value, aes_value),
         _ => (value.reborrow(), aes_value),
     };
+    // And where its tokens are.
     let tokens = aes_value.shape()[1];
-    let [_, _, heads, dim] = value.shape();
+    let (mut value, aes_value) = match (value.merge_tokens(tokens), aes_value.merge_tokens(tokens))
+    {
+        (Some(value), Some(aes_value)) => (value, aes_value),
+        _ => (value.reborrow(), aes_value),
+    };
+    let tokens = aes_value.shape()[1];
+    let [_, keys, heads, dim] = value.shape();
     let mut scratch = [Vec::new(), Vec::new()];
     for b in 0..batch {
         let strength = strengths.of(b);
@@ -44,8 +54,11 @@ pub fn mix_values(
         }
         for t in 0..keys {
             for h in 0..heads {
-                let added = (aes_value, [b, t % tokens, h, 0]);
-                value.add_row([b, t, h, 0], dim, strength, added, &mut scratch);
+                for d in (0..dim).step_by(PART) {
+                    let added = (aes_value, [b, t % tokens, h, d]);
+                    let len = PART.min(dim - d);
+                    value.add_row([b, t, h, d], len, strength, added, &mut scratch);
+                }
             }
         }
     }

@@ -1,16 +1,15 @@
 //! Value-mixed cross-attention (paper, eq. 9).
 
 mod blocks;
-mod buffer;
 mod engine;
-mod exp2;
-#[cfg(target_arch = "x86_64")]
-mod lanes;
 mod mix;
 mod plain;
 mod portable;
-#[cfg(target_arch = "x86_64")]
-mod x86;
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code)
+)]
+mod vectors;
 
 pub use engine::Kernel;
 pub use mix::mix_values;

@@ -3,11 +3,11 @@
 
 use std::f32::consts::LOG2_E;
 
-use super::{
-    blocks::Block,
+use super::blocks::Block;
+use crate::{
     exp2::{LEAST, POWERS},
+    product::product,
 };
-use crate::product::product;
 
 /// Queries of a block, at least.
 pub(super) const ROWS: usize = 32;

@@ -5,8 +5,7 @@ use rayon::prelude::*;
 
 use super::{Activation, ClipConfig, names::Names};
 use crate::{
-    DType, Error, Result, Tensor, component::Component, file::View,
-    product::times_transposed_in_parallel, tensor::widen,
+    DType, Error, Result, Tensor, component::Component, file::View, product::Rows, tensor::widen,
 };
 
 /// A CLIP text model. Its weights are read where they lie, in f32, f16 or bf16, block by block while
@@ -317,7 +316,8 @@ impl ClipTextModel {
     }
 
     fn affine(&self, name: &str, rows: &[f32], weight: View<'_>, bias: &[f32]) -> Result<Vec<f32>> {
-        times_transposed_in_parallel(rows, weight, bias)
+        Rows::new(rows, weight.shape[1])?
+            .times_transposed_in_parallel(weight, bias)
             .map_err(|found| self.weights.error(name, "finite values", found))
     }
 

@@ -1284,7 +1284,8 @@ def is_writing(process: subprocess.Popen[bytes], folder: Path) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to see when it writes")
-def test_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("hangup", [signal.SIG_DFL, signal.SIG_IGN], ids=["plain", "nohup"])
+def test_interrupted(tmp_path: Path, hangup: signal.Handlers) -> None:
     """Ctrl-C while the file is written: all of it or nothing, and no temporary file either."""
     folder, adapter = tmp_path / "out", tmp_path / "adapter"
     folder.mkdir()
@@ -1292,7 +1293,12 @@ def test_interrupted(tmp_path: Path) -> None:
     (folder / "out").write_bytes(b"precious")
     command = [*COMMAND, "convert", str(adapter), "--dtype", "float16"]
     command += ["-o", str(folder / "out"), "--force"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hangup),
+    ) as process:
         while process.poll() is None and not is_writing(process, folder):
             pass  # writing takes some tenths of a second
         process.send_signal(signal.SIGINT)

@@ -2,56 +2,25 @@
 
 use std::arch::x86_64::*;
 
-use super::{
-    blocks::Block,
-    engine::Scaled,
-    exp2::{LEAST, POWERS},
-    lanes::{self, Lanes, Plan},
-};
-
-/// Asks for the lines of the cache with `len` numbers, wherever they are.
-#[inline(always)]
-pub(super) fn prefetch(row: *const f32, len: usize) {
-    const LINE: usize = 64 / size_of::<f32>();
-    for at in (0..len).step_by(LINE) {
-        // SAFETY: every x86-64 has the instruction, and any address may be asked for.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(at).cast()) }
-    }
-}
-
-/// As [`prefetch`], to be written.
-#[inline(always)]
-pub(super) fn prefetch_to_write(row: *mut f32, len: usize) {
-    const LINE: usize = 64 / size_of::<f32>();
-    for at in (0..len).step_by(LINE) {
-        // SAFETY: as above.
-        unsafe { _mm_prefetch::<_MM_HINT_ET0>(row.wrapping_add(at).cast_const().cast()) }
-    }
-}
+use super::{Lanes, Panels, products};
+use crate::exp2::{LEAST, POWERS};
 
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Avx512;
+pub(crate) struct Avx512;
 
 /// # Safety
-/// The processor must have AVX-512 F; the rest as [`lanes::block`].
+/// The processor must have AVX-512 F; the rest as [`products`].
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn block_avx512(plan: &Plan, block: &mut Block<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe { lanes::block::<Avx512>(plan, block) }
-}
-
-/// # Safety
-/// The processor must have AVX-512 F.
-#[target_feature(enable = "avx512f")]
-pub(super) unsafe fn pack_value_avx512(
-    plan: &Plan,
-    packed: &mut [f32],
-    key: usize,
-    row: Scaled<'_>,
-    added: Option<Scaled<'_>>,
+pub(crate) unsafe fn products_avx512(
+    panels: &Panels,
+    packed: &[f32],
+    depth: usize,
+    rows: (*const f32, isize),
+    count: usize,
+    out: *mut f32,
 ) {
-    plan.values
-        .pack_row(packed, plan.keys.columns, key, row, added);
+    // SAFETY: the caller's promise.
+    unsafe { products::<Avx512>(panels, packed, depth, rows, count, Avx512::splat(0.0), out) }
 }
 
 // SAFETY: all of it is AVX-512 F.
@@ -137,29 +106,7 @@ unsafe impl Lanes for Avx512 {
 }
 
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Avx2;
-
-/// # Safety
-/// The processor must have AVX2 and FMA; the rest as [`lanes::block`].
-#[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn block_avx2(plan: &Plan, block: &mut Block<'_>) {
-    // SAFETY: the caller's promise.
-    unsafe { lanes::block::<Avx2>(plan, block) }
-}
-
-/// # Safety
-/// The processor must have AVX2 and FMA.
-#[target_feature(enable = "avx2,fma")]
-pub(super) unsafe fn pack_value_avx2(
-    plan: &Plan,
-    packed: &mut [f32],
-    key: usize,
-    row: Scaled<'_>,
-    added: Option<Scaled<'_>>,
-) {
-    plan.values
-        .pack_row(packed, plan.keys.columns, key, row, added);
-}
+pub(crate) struct Avx2;
 
 /// A mask of the first `count` lanes.
 ///

@@ -1,7 +1,7 @@
 //! What powers of two are computed with.
 
 /// 2^x on [-½, ½], lowest power first: a minimax polynomial, whose relative error is 2⁻²⁹.
-pub(super) const POWERS: [f32; 7] = [
+pub(crate) const POWERS: [f32; 7] = [
     1.0,
     std::f32::consts::LN_2,
     0.240_226_46,
@@ -13,4 +13,4 @@ pub(super) const POWERS: [f32; 7] = [
 
 /// Of smaller numbers the power is 0: it would be a subnormal number, on which processors lose
 /// hundreds of cycles, and which no sum with a 1 in it notices.
-pub(super) const LEAST: f32 = -126.0;
+pub(crate) const LEAST: f32 = -126.0;

@@ -1,23 +1,22 @@
-//! Attention of a block of queries in vector registers: queries one by one, keys and the numbers of
-//! a head across the lanes.
+//! Rows of numbers times columns in vector registers, columns across the lanes.
 //!
-//! Keys are few (77 of Stable Diffusion's texts), so a block's scores stay in the nearest cache.
-//! Both products are one micro kernel, [`tile`]: some rows times a panel of columns, all sums in
-//! registers. The columns are packed once per head; the rows are read where they are, the queries
-//! in the caller's memory and the softmax in the block. Nothing is transposed but the keys.
+//! Attention's two products and those with weights are one micro kernel, [`tile`]: some rows times a
+//! panel of columns, all sums in registers. The columns are packed once; the rows are read where
+//! they are.
 
-use super::{
-    blocks::Block,
-    engine::{Scaled, pack},
-    x86::{prefetch, prefetch_to_write},
-};
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod x86;
+
+use crate::buffer::{Scaled, pack};
 
 /// A vector of f32, with the instructions that the processor has for it.
 ///
 /// # Safety
 /// Implementations use instructions that must be there: functions with these `target_feature`s are
 /// what everything here is inlined into.
-pub(super) unsafe trait Lanes: Copy {
+pub(crate) unsafe trait Lanes: Copy {
     type V: Copy;
     /// Numbers in a vector.
     const N: usize;
@@ -55,7 +54,7 @@ const NEAR: usize = 9 << 10;
 /// How columns are packed: panels of vectors, one after the other, each with all of its rows. The
 /// first ones may have a vector more than the rest.
 #[derive(Debug, Clone)]
-pub(super) struct Panels {
+pub(crate) struct Panels {
     /// Columns that there are.
     pub columns: usize,
     /// Numbers of a vector.
@@ -82,7 +81,7 @@ impl Panels {
     }
 
     /// First vector of each panel, and how many it has.
-    fn parts(&self) -> impl Iterator<Item = (usize, usize)> {
+    pub fn parts(&self) -> impl Iterator<Item = (usize, usize)> {
         (0..self.count).map(|i| self.part(i))
     }
 
@@ -140,62 +139,46 @@ impl Panels {
     }
 }
 
-/// What a head's keys and values are packed into.
-#[derive(Debug, Clone)]
-pub(super) struct Plan {
-    pub keys: Panels,
-    pub values: Panels,
-    /// 0 for keys, −∞ for what fills the last vector.
-    bias: Vec<f32>,
-    block_step: usize,
-}
-
-impl Plan {
-    pub fn new<L: Lanes>(keys: usize, dim: usize) -> Self {
-        let panels = Panels::new::<L>(keys, dim);
-        let bias = (panels.padded() - L::N..panels.padded())
-            .map(|key| if key < keys { 0.0 } else { f32::NEG_INFINITY })
-            .collect();
-        let values = Panels::new::<L>(dim, keys);
-        let (a, b) = (panels.rows::<L>(), values.rows::<L>());
-        let multiple = (1..=b).map(|n| n * a).find(|n| n % b == 0);
-        Self {
-            block_step: multiple.expect("b times a is one"),
-            keys: panels,
-            values,
-            bias,
-        }
-    }
-
-    /// A multiple of the rows of either product's tiles.
-    pub fn block_step(&self) -> usize {
-        self.block_step
-    }
-}
-
-/// A block of queries, from scores to the result.
-///
-/// # Safety
-/// The instructions of L must be there, and the block must be as it says.
+/// Asks for the lines of the cache with `len` numbers, wherever they are, where stable Rust has an
+/// instruction for it.
 #[inline(always)]
-pub(super) unsafe fn block<L: Lanes>(plan: &Plan, block: &mut Block<'_>) {
-    // SAFETY: the caller's promise, handed on.
-    unsafe {
-        scores::<L>(plan, block);
-        softmax::<L>(plan, block);
-        match block.regional {
-            None => mixed::<L, false>(plan, block, (&[], &[])),
-            Some(regional) => mixed::<L, true>(plan, block, regional),
+pub(crate) fn prefetch(row: *const f32, len: usize) {
+    for at in (0..len).step_by(LINE) {
+        // SAFETY: every x86-64 has the instruction, and any address may be asked for.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            use std::arch::x86_64::*;
+            _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(at).cast());
         }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = row.wrapping_add(at);
     }
 }
+
+/// As [`prefetch`], to be written.
+#[inline(always)]
+pub(crate) fn prefetch_to_write(row: *mut f32, len: usize) {
+    for at in (0..len).step_by(LINE) {
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        unsafe {
+            use std::arch::x86_64::*;
+            _mm_prefetch::<_MM_HINT_ET0>(row.wrapping_add(at).cast_const().cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = row.wrapping_add(at);
+    }
+}
+
+/// Numbers of a line of the cache.
+const LINE: usize = 64 / size_of::<f32>();
 
 /// Sums of products of M rows, `stride` apart, with a panel of `depth` rows of NV vectors.
 ///
 /// # Safety
 /// All of these must be readable.
 #[inline(always)]
-unsafe fn tile<L: Lanes, const M: usize, const NV: usize>(
+pub(crate) unsafe fn tile<L: Lanes, const M: usize, const NV: usize>(
     rows: *const f32,
     stride: isize,
     panel: *const f32,
@@ -263,30 +246,38 @@ macro_rules! for_tiles {
         }
     }};
 }
+pub(crate) use for_tiles;
 
-/// Scores in powers of two, with −∞ behind the last key.
+/// out\[row, column\], the products of `count` rows, `stride` apart, with columns packed by
+/// `panels`, each `depth` long. Rows of `out` have the padded columns; `bias` is added to their last
+/// vector.
 ///
 /// # Safety
-/// As [`block`].
+/// The instructions of L must be there; all of these must be readable, and `out` writable.
 #[inline(always)]
-unsafe fn scores<L: Lanes>(plan: &Plan, block: &mut Block<'_>) {
-    let (width, dim) = (plan.keys.padded(), plan.values.columns);
+pub(crate) unsafe fn products<L: Lanes>(
+    panels: &Panels,
+    packed: &[f32],
+    depth: usize,
+    (rows, stride): (*const f32, isize),
+    count: usize,
+    bias: L::V,
+    out: *mut f32,
+) {
+    let width = panels.padded();
     let last = width / L::N;
-    // SAFETY: the caller's promise: `count` queries of `dim` numbers, keys packed by this plan, and
-    // `count` rows of `width` numbers for the scores.
+    // SAFETY: the caller's promise.
     unsafe {
-        let scores = block.scores.as_mut_ptr();
-        let bias = L::load(plan.bias.as_ptr());
-        for (first, vectors) in plan.keys.parts() {
-            let panel = block.keys.as_ptr().add(first * L::N * dim);
-            for_tiles!(L, vectors, block.count, |row, M, NV| {
-                let query = block.query.offset(row as isize * block.query_stride);
-                let mut sums = tile::<L, M, NV>(query, block.query_stride, panel, dim);
+        for (first, vectors) in panels.parts() {
+            let panel = packed.as_ptr().add(first * L::N * depth);
+            for_tiles!(L, vectors, count, |row, M, NV| {
+                let rows = rows.offset(row as isize * stride);
+                let mut sums = tile::<L, M, NV>(rows, stride, panel, depth);
                 for (m, sums) in sums.iter_mut().enumerate() {
                     if first + NV == last {
                         sums[NV - 1] = L::add(sums[NV - 1], bias);
                     }
-                    let to = scores.add((row + m) * width + first * L::N);
+                    let to = out.add((row + m) * width + first * L::N);
                     for (v, sum) in sums.iter().enumerate() {
                         L::store(to.add(v * L::N), *sum);
                     }
@@ -296,112 +287,9 @@ unsafe fn scores<L: Lanes>(plan: &Plan, block: &mut Block<'_>) {
     }
 }
 
-/// Powers of two, not yet divided by their sums, which become `factors`.
-///
-/// # Safety
-/// As [`block`].
-#[inline(always)]
-unsafe fn softmax<L: Lanes>(plan: &Plan, block: &mut Block<'_>) {
-    let (width, dim) = (plan.keys.padded(), plan.values.columns);
-    // SAFETY: as in `scores`; masks have as many rows and columns.
-    unsafe {
-        for row in 0..block.count {
-            // A head's rows may lie apart, so that no processor guesses which are wanted next: here
-            // is time to bring those of the next block, and where this one's result will be.
-            let next = (row + block.count) as isize * block.query_stride;
-            prefetch(block.query.wrapping_offset(next), dim);
-            prefetch_to_write(
-                block.out.wrapping_offset(row as isize * block.out_stride),
-                dim,
-            );
-            let scores = block.scores.as_mut_ptr().add(row * width);
-            if let Some(mask) = &block.mask {
-                let mask = mask.as_ptr().add(row * width);
-                let log2_e = L::splat(std::f32::consts::LOG2_E);
-                for at in (0..width).step_by(L::N) {
-                    let masked = L::fma(L::load(mask.add(at)), log2_e, L::load(scores.add(at)));
-                    L::store(scores.add(at), masked);
-                }
-            }
-            let mut top = L::load(scores);
-            for at in (L::N..width).step_by(L::N) {
-                top = L::max(top, L::load(scores.add(at)));
-            }
-            let mut top = L::largest(top);
-            let hidden = block.mask.is_some() && top == f32::NEG_INFINITY;
-            if hidden {
-                top = 0.0;
-            }
-            let top = L::splat(top);
-            let mut sum = L::splat(0.0);
-            for at in (0..width).step_by(L::N) {
-                let power = L::exp2(L::sub(L::load(scores.add(at)), top));
-                L::store(scores.add(at), power);
-                sum = L::add(sum, power);
-            }
-            let sum = L::sum(sum);
-            block.factors[row] = if hidden && sum == 0.0 { 0.0 } else { 1.0 / sum };
-        }
-    }
-}
-
-/// The softmax times the values, and times V_a with a strength for each query, written.
-///
-/// # Safety
-/// As [`block`].
-#[inline(always)]
-unsafe fn mixed<L: Lanes, const REGIONAL: bool>(
-    plan: &Plan,
-    block: &Block<'_>,
-    (aes_values, strengths): (&[f32], &[f32]),
-) {
-    let (width, keys, dim) = (plan.keys.padded(), plan.keys.columns, plan.values.columns);
-    // SAFETY: as in `scores`; values are packed by this plan, and `count` rows of `dim` numbers can
-    // be written.
-    unsafe {
-        for (first, vectors) in plan.values.parts() {
-            let at = first * L::N * keys;
-            // Numbers of the panel's last vector that there are.
-            let rest = (dim - (first + vectors - 1) * L::N).min(L::N);
-            let factors = block.factors.as_ptr();
-            for_tiles!(L, vectors, block.count, |row, M, NV| {
-                let out = block
-                    .out
-                    .offset(row as isize * block.out_stride)
-                    .add(first * L::N);
-                let weights = block.scores.as_ptr().add(row * width);
-                let panel = block.values.as_ptr().add(at);
-                let mut sums = tile::<L, M, NV>(weights, width as isize, panel, keys);
-                if REGIONAL {
-                    let panel = aes_values.as_ptr().add(at);
-                    let more = tile::<L, M, NV>(weights, width as isize, panel, keys);
-                    for (m, (sums, more)) in sums.iter_mut().zip(more).enumerate() {
-                        let strength = L::splat(strengths[row + m]);
-                        for (sum, more) in sums.iter_mut().zip(more) {
-                            *sum = L::fma(more, strength, *sum);
-                        }
-                    }
-                }
-                for (m, sums) in sums.iter().enumerate() {
-                    let factor = L::splat(*factors.add(row + m));
-                    let to = out.offset(m as isize * block.out_stride);
-                    for (v, sum) in sums.iter().enumerate() {
-                        let (to, scaled) = (to.add(v * L::N), L::mul(*sum, factor));
-                        if v + 1 == NV && rest < L::N {
-                            L::store_first(to, scaled, rest);
-                        } else {
-                            L::store(to, scaled);
-                        }
-                    }
-                }
-            });
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use super::{super::x86::*, *};
+    use super::*;
 
     fn check<L: Lanes>(columns: usize, depth: usize) {
         let panels = Panels::new::<L>(columns, depth);
@@ -420,16 +308,14 @@ mod tests {
     fn panels_hold_every_vector_once() {
         for columns in 1..1000 {
             for depth in [1, 77, 160, 1000] {
-                check::<Avx512>(columns, depth);
-                check::<Avx2>(columns, depth);
+                #[cfg(target_arch = "x86_64")]
+                {
+                    check::<x86::Avx512>(columns, depth);
+                    check::<x86::Avx2>(columns, depth);
+                }
+                #[cfg(target_arch = "aarch64")]
+                check::<neon::Neon>(columns, depth);
             }
         }
-    }
-
-    /// Sizes that no memory holds are refused later, with words: nothing here grows with them.
-    #[test]
-    fn plans_of_any_size_are_small() {
-        let plan = Plan::new::<Avx512>(1 << 58, 1 << 57);
-        assert!(plan.keys.padded() >= 1 << 58);
     }
 }

@@ -1,4 +1,4 @@
-//! Memory for vectors.
+//! Memory for vectors, and what is packed into it.
 
 use std::ops::{Deref, DerefMut};
 
@@ -6,7 +6,7 @@ use crate::{Error, Result};
 
 /// Numbers that begin with a line of the cache, which no vector in them then crosses.
 #[derive(Debug, Default)]
-pub(super) struct Buffer {
+pub(crate) struct Buffer {
     lines: Vec<Line>,
     len: usize,
 }
@@ -44,5 +44,25 @@ impl DerefMut for Buffer {
     fn deref_mut(&mut self) -> &mut [f32] {
         // SAFETY: as above; borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.len) }
+    }
+}
+
+/// Numbers, and what each is multiplied with.
+pub(crate) type Scaled<'a> = (&'a [f32], f32);
+
+/// Writes a row, or the sum of two.
+#[inline(always)]
+pub(crate) fn pack(to: &mut [f32], (row, factor): Scaled<'_>, added: Option<Scaled<'_>>) {
+    match added {
+        None => {
+            for (to, x) in to.iter_mut().zip(row) {
+                *to = x * factor;
+            }
+        }
+        Some((added, strength)) => {
+            for ((to, x), a) in to.iter_mut().zip(row).zip(added) {
+                *to = x * factor + strength * a;
+            }
+        }
     }
 }
