@@ -17,7 +17,7 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 COMFY_VENV ?= target/comfy-venv/$(notdir $(COMFYUI_PATH))
 COMFY_PY := $(COMFY_VENV)/bin/python
 
-.PHONY: help setup test test-kernels test-c test-full test-extras test-comfy fuzz lint demo demo-report \
+.PHONY: test-arm test-miri help setup test test-kernels test-c test-full test-extras test-comfy fuzz lint demo demo-report \
 	release-native bench bench-c bench-attention bench-comfy bench-train headers wheel install requirements clean
 
 help: ## this list
@@ -56,6 +56,20 @@ test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hos
 	$(PY) -m pytest -rs tests/c
 	fuzz/cargo.sh test --test attention
 	fuzz/run.sh 15
+
+# What CI has no time for: NEON in an emulator, and the portable kernel under Miri.
+ARM := aarch64-unknown-linux-gnu
+test-arm: ## attention on AArch64; needs qemu-user, g++-aarch64-linux-gnu and libc6-dev-arm64-cross
+	rustup target add $(ARM)
+	cd fuzz && CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
+		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+		cargo test --locked --release --target $(ARM) --target-dir ../target/arm --test attention
+
+# Stacked Borrows, Miri's other rules, do not hold in crossbeam, which rayon uses.
+test-miri: ## attention and mixing under Miri; needs a nightly Rust
+	rustup +nightly component add miri rust-src
+	cd fuzz && PROPTEST_CASES=2 MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-tree-borrows" \
+		cargo +nightly miri test --locked --target-dir ../target/miri --test attention
 
 test-full: test-c ## also the slow tests, and the wheel in an empty environment
 	cargo test --locked --workspace

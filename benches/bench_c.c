@@ -49,6 +49,7 @@ static void mixing(int64_t batch, int64_t width, VmixDType dtype, VmixDType aes_
     char *v = calloc(bytes, 1), *copy = calloc(bytes, 1), *a = calloc(TOKENS * (size_t)width, 4);
     if (v == NULL || copy == NULL || a == NULL)
         abort();
+    memset(a, 1, TOKENS * (size_t)width * 4); /* small numbers, in memory of its own */
     VmixViewMut value = vmix_view_mut(v, dtype, batch, TOKENS, 1, width);
     VmixView aes = vmix_view(a, aes_dtype, 1, TOKENS, 1, width);
     const float strength = 0.5f;
@@ -65,7 +66,8 @@ static void mixing(int64_t batch, int64_t width, VmixDType dtype, VmixDType aes_
     }
     const double mixed = median(mix, RUNS), moved = median(move, RUNS);
     /* Mixing reads V_a beside what both read and write. */
-    const double both = 2.0 * (double)values_size, more = (double)(batch * aes_size);
+    const double both = 2.0 * (double)bytes;
+    const double more = (double)(batch * TOKENS * width) * (aes_dtype == VMIX_DTYPE_F32 ? 4 : 2);
     printf("%-44s %8.1f us  memcpy %8.1f us  ratio %.2f  bytes a second %.2f\n", name, mixed / 1e3,
            moved / 1e3, mixed / moved, (both + more) / both * moved / mixed);
     free(v), free(copy), free(a);
