@@ -17,8 +17,9 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 COMFY_VENV ?= target/comfy-venv/$(notdir $(COMFYUI_PATH))
 COMFY_PY := $(COMFY_VENV)/bin/python
 
-.PHONY: test-arm test-miri help setup test test-kernels test-c test-full test-extras test-comfy fuzz lint demo demo-report \
-	release-native bench bench-c bench-attention bench-comfy bench-train headers wheel install requirements clean
+.PHONY: help setup test test-kernels test-c test-full test-extras test-comfy fuzz lint demo demo-report \
+	release-native bench bench-c bench-attention bench-comfy bench-train headers wheel install requirements clean \
+	test-arm test-miri
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
