@@ -55,7 +55,7 @@ test-kernels:
 test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hosts, sanitizers, fuzzing
 	cargo test --locked --workspace --features vmix-adapter/headers --test headers
 	$(PY) -m pytest -rs tests/c
-	fuzz/cargo.sh test --test attention
+	fuzz/cargo.sh test --test attention --test values
 	fuzz/run.sh 15
 
 # What CI has no time for: NEON in an emulator, and the portable kernel under Miri.

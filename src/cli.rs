@@ -235,26 +235,29 @@ pub fn status(arguments: impl IntoIterator<Item = OsString>) -> u8 {
 
 /// Where something else handles signals, it does. What is ignored stays ignored, as nohup wants it.
 fn remove_temporary_files_when_stopped() {
-    // The crate installs no handler at all where one of its signals is not at its default.
+    // The crate installs no handler at all where one of its signals is not at its default. Elsewhere
+    // than on Linux that stays so.
     #[cfg(target_os = "linux")]
-    let ignored = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP].map(|signal| {
+    let ignored: Vec<libc::c_int> = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP]
+        .into_iter()
         // SAFETY: plain calls, without functions of ours.
-        unsafe {
+        .filter(|signal| unsafe {
             let mut action = std::mem::zeroed::<libc::sigaction>();
-            let known = libc::sigaction(signal, std::ptr::null(), &raw mut action) == 0;
-            let ignored = known && action.sa_sigaction == libc::SIG_IGN;
-            if ignored {
-                libc::signal(signal, libc::SIG_DFL);
-            }
-            (signal, ignored)
-        }
-    });
+            let known = libc::sigaction(*signal, std::ptr::null(), &raw mut action) == 0;
+            known && action.sa_sigaction == libc::SIG_IGN
+        })
+        .collect();
+    #[cfg(target_os = "linux")]
+    for signal in &ignored {
+        // SAFETY: as above.
+        unsafe { libc::signal(*signal, libc::SIG_DFL) };
+    }
     let _ = ctrlc::try_set_handler(|| {
         crate::file::unfinished::remove();
         std::process::exit(130); // what shells say of programs that Ctrl-C ended
     });
     #[cfg(target_os = "linux")]
-    for (signal, _) in ignored.into_iter().filter(|(_, ignored)| *ignored) {
+    for signal in ignored {
         // SAFETY: as above.
         unsafe { libc::signal(signal, libc::SIG_IGN) };
     }

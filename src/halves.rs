@@ -11,7 +11,10 @@ use half::{bf16, f16};
 type Halves = [[u8; 2]];
 
 /// f16 or bf16.
-pub(crate) trait Half: bytemuck::Pod {
+///
+/// # Safety
+/// Implementations must have two bytes.
+pub(crate) unsafe trait Half: bytemuck::Pod {
     fn widen(self) -> f32;
     fn round(x: f32) -> Self;
 
@@ -30,7 +33,8 @@ pub(crate) trait Half: bytemuck::Pod {
     unsafe fn round_8(x: __m256) -> __m128i;
 }
 
-impl Half for f16 {
+// SAFETY: it has.
+unsafe impl Half for f16 {
     fn widen(self) -> f32 {
         self.to_f32()
     }
@@ -54,7 +58,8 @@ impl Half for f16 {
     }
 }
 
-impl Half for bf16 {
+// SAFETY: it has.
+unsafe impl Half for bf16 {
     fn widen(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
@@ -172,7 +177,7 @@ unsafe fn widen_by_eight<H: Half>(from: &Halves, to: &mut [f32]) -> usize {
 unsafe fn round_by_eight<H: Half>(from: &[f32], to: &mut [H]) -> usize {
     let to = to.as_chunks_mut::<N>().0;
     for (to, x) in to.iter_mut().zip(from.as_chunks::<N>().0) {
-        // SAFETY: eight numbers, and room for 16 bytes.
+        // SAFETY: eight numbers, and room for eight of two bytes.
         unsafe {
             let x = _mm256_loadu_ps(x.as_ptr());
             _mm_storeu_si128(to.as_mut_ptr().cast(), H::round_8(x));
@@ -190,7 +195,7 @@ unsafe fn round_by_eight<H: Half>(from: &[f32], to: &mut [H]) -> usize {
 unsafe fn add_by_eight<H: Half>(sum: &mut [H], scale: f32, added: &[H]) -> usize {
     let sum = sum.as_chunks_mut::<N>().0;
     for (sum, added) in sum.iter_mut().zip(added.as_chunks::<N>().0) {
-        // SAFETY: 16 bytes each.
+        // SAFETY: eight of two bytes each.
         unsafe {
             let x = H::widen_8(_mm_loadu_si128(sum.as_ptr().cast()));
             let a = H::widen_8(_mm_loadu_si128(added.as_ptr().cast()));
@@ -270,6 +275,7 @@ mod tests {
             }
         }
     }
+
     fn check_sums<H: Half>() {
         let all: Vec<H> = (0..=u16::MAX).map(|bits| bytemuck::cast(bits)).collect();
         for (len, scale) in [(all.len(), -0.37), (all.len() - 5, 3.0), (3, 1.0)] {

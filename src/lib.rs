@@ -21,6 +21,10 @@
 //! Files are specified in `docs/format.md`.
 
 mod adapter;
+#[cfg_attr(
+    not(any(target_arch = "x86_64", target_arch = "aarch64")),
+    allow(dead_code, unused_macros)
+)]
 mod attention;
 mod buffer;
 mod checkpoint;
@@ -44,7 +48,7 @@ mod label_list;
 mod labels;
 #[cfg_attr(
     not(any(target_arch = "x86_64", target_arch = "aarch64")),
-    allow(dead_code, unused_macros, unused_imports)
+    allow(dead_code)
 )]
 mod lanes;
 mod metadata;

@@ -37,7 +37,10 @@ impl Rows {
         Self::packed_for(Kernel::chosen()?, rows, dim)
     }
 
+    /// # Panics
+    /// When the processor has not what the kernel needs.
     fn packed_for(kernel: Kernel, rows: &[f32], dim: usize) -> Result<Self> {
+        assert!(kernel.is_available());
         let count = rows.len() / dim;
         assert!(count > 0 && count * dim == rows.len());
         let packing = match kernel {
@@ -167,7 +170,7 @@ impl Rows {
                 let width = panels.padded();
                 assert!(block.len() >= count * stride && sums.len() >= count * width);
                 let (numbers, block) = (&self.numbers, (block.as_ptr(), stride as isize));
-                // SAFETY: `packed_for` was told of a kernel that is available; `numbers` are packed by
+                // SAFETY: `packed_for` has looked for the instructions; `numbers` are packed by
                 // these panels, and `block` and `sums` have `count` rows, as asserted above.
                 unsafe {
                     products_avx512(panels, numbers, dim, block, count, sums.as_mut_ptr());
@@ -192,7 +195,8 @@ impl Packing {
     }
 
     /// Rows of a weight that are widened to f32 at a time, so that nothing the size of a weight is ever
-    /// allocated: a multiple of the rows of every tile, which stay in cache beside the packed rows.
+    /// allocated, and that they stay in cache beside the packed rows. 40 is a multiple of the rows of
+    /// every tile of AVX-512.
     /// `gemm` packs ours again each time, and so has more.
     fn step(&self) -> usize {
         match self.panels() {
@@ -239,12 +243,21 @@ fn finite(
     if products.iter().fold(true, |all, x| all & x.is_finite()) {
         return Ok(products);
     }
-    let found = if weight.to_tensor().is_finite() {
+    let mut some = [0.0; 1024];
+    let is_finite = weight
+        .bytes
+        .chunks(some.len() * weight.dtype.size())
+        .all(|bytes| {
+            let some = &mut some[..bytes.len() / weight.dtype.size()];
+            widen(weight.dtype, bytes, some);
+            some.iter().all(|x| x.is_finite())
+        });
+    Err(if is_finite {
         overflow
     } else {
         "NaN or infinity"
-    };
-    Err(found.to_owned())
+    }
+    .to_owned())
 }
 
 /// out\[m, n\] = lhs\[m, k\]·rhs\[k, n\], in the thread that asks. `lhs` and `out` have rows, a stride

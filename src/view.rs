@@ -147,7 +147,7 @@ impl Layout {
     }
 
     /// Where a slice of `len` elements starts at this index, if they are adjacent and of this type.
-    fn slice<T: Element>(&self, index: [usize; 4], len: usize) -> Option<isize> {
+    fn slice_offset<T: Element>(&self, index: [usize; 4], len: usize) -> Option<isize> {
         assert!(index[3] + len <= self.shape[3]);
         (self.dtype == T::DTYPE && self.strides[3] == 1).then(|| self.offset(index))
     }
@@ -254,7 +254,9 @@ impl<'a> TensorView<'a> {
 
     /// The row from this index on, and how far the next token's is, where rows are adjacent f32.
     pub(crate) fn rows(&self, index: [usize; 4]) -> Option<(*const f32, isize)> {
-        let offset = self.layout.slice::<f32>(index, self.layout.shape[3])?;
+        let offset = self
+            .layout
+            .slice_offset::<f32>(index, self.layout.shape[3])?;
         let data = self.data.cast::<f32>().wrapping_offset(offset);
         Some((data, self.layout.strides[1]))
     }
@@ -262,8 +264,8 @@ impl<'a> TensorView<'a> {
     /// The elements along the last dimension where they can be used as a slice.
     fn slice<T: Element>(&self, mut index: [usize; 4], len: usize) -> Option<&'a [T]> {
         self.layout.clamp(&mut index);
-        let offset = self.layout.slice::<T>(index, len)?;
-        // SAFETY: as in `read_row`; adjacent elements are a slice.
+        let offset = self.layout.slice_offset::<T>(index, len)?;
+        // SAFETY: as in `read_row`; adjacent elements of this type are a slice.
         Some(unsafe { std::slice::from_raw_parts(self.data.cast::<T>().offset(offset), len) })
     }
 
@@ -445,7 +447,7 @@ impl<'a> TensorViewMut<'a> {
         (other, other_index): (TensorView<'_>, [usize; 4]),
         scratch: &mut [Vec<f32>; 2],
     ) {
-        fn same<T: Element>(
+        fn in_place<T: Element>(
             view: &mut TensorViewMut<'_>,
             index: [usize; 4],
             scale: f32,
@@ -455,12 +457,12 @@ impl<'a> TensorViewMut<'a> {
             T::add_scaled(view.slice(index, added.len())?, scale, added);
             Some(())
         }
-        let done = match self.layout.dtype {
+        let added_in_place = match self.layout.dtype {
             DType::F32 => None,
-            DType::F16 => same::<f16>(self, index, scale, other.slice(other_index, len)),
-            DType::BF16 => same::<bf16>(self, index, scale, other.slice(other_index, len)),
+            DType::F16 => in_place::<f16>(self, index, scale, other.slice(other_index, len)),
+            DType::BF16 => in_place::<bf16>(self, index, scale, other.slice(other_index, len)),
         };
-        if done.is_some() {
+        if added_in_place.is_some() {
             return;
         }
         let [sum, added] = scratch;
@@ -477,8 +479,8 @@ impl<'a> TensorViewMut<'a> {
 
     /// The elements along the last dimension where they can be used as a slice.
     fn slice<T: Element>(&mut self, index: [usize; 4], len: usize) -> Option<&mut [T]> {
-        let offset = self.layout.slice::<T>(index, len)?;
-        // SAFETY: as in `read_row`; the view is exclusive.
+        let offset = self.layout.slice_offset::<T>(index, len)?;
+        // SAFETY: as in `read_row`; adjacent elements of this type, and the view is exclusive.
         Some(unsafe { std::slice::from_raw_parts_mut(self.data.cast::<T>().offset(offset), len) })
     }
 
@@ -519,7 +521,9 @@ impl RawRows<'_> {
 
     /// As [`TensorView::rows`].
     pub fn rows(&self, index: [usize; 4]) -> Option<(*mut f32, isize)> {
-        let offset = self.layout.slice::<f32>(index, self.layout.shape[3])?;
+        let offset = self
+            .layout
+            .slice_offset::<f32>(index, self.layout.shape[3])?;
         let data = self.data.cast::<f32>().wrapping_offset(offset);
         Some((data, self.layout.strides[1]))
     }
@@ -551,7 +555,10 @@ pub(crate) fn dense_strides(shape: [usize; 4]) -> [isize; 4] {
 }
 
 /// An element type, converted a slice at a time where the elements are adjacent.
-trait Element: Copy {
+///
+/// # Safety
+/// Implementations must be the type that their `DTYPE` names.
+unsafe trait Element: Copy {
     const DTYPE: DType;
 
     fn widen(from: &[Self], to: &mut [f32]);
@@ -560,7 +567,8 @@ trait Element: Copy {
     fn add_scaled(sum: &mut [Self], scale: f32, added: &[Self]);
 }
 
-impl Element for f32 {
+// SAFETY: it is.
+unsafe impl Element for f32 {
     const DTYPE: DType = DType::F32;
 
     fn widen(from: &[Self], to: &mut [f32]) {
@@ -596,7 +604,8 @@ impl Element for f32 {
 
 macro_rules! half_elements {
     ($($type:ty: $dtype:ident),*) => {$(
-        impl Element for $type {
+        // SAFETY: named below.
+        unsafe impl Element for $type {
             const DTYPE: DType = DType::$dtype;
 
             fn widen(from: &[Self], to: &mut [f32]) {

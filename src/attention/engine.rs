@@ -9,7 +9,7 @@ use crate::{
     lanes::prefetch,
 };
 
-/// What computes attention. All kernels give the same result but for rounding.
+/// What computes attention, V_a and text encoders. All kernels give the same result but for rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Kernel {

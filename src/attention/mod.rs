@@ -5,10 +5,6 @@ mod engine;
 mod mix;
 mod plain;
 mod portable;
-#[cfg_attr(
-    not(any(target_arch = "x86_64", target_arch = "aarch64")),
-    allow(dead_code)
-)]
 mod vectors;
 
 pub use engine::Kernel;

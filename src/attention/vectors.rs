@@ -91,7 +91,7 @@ impl Plan {
     /// A block of queries, from scores to the result.
     ///
     /// # Safety
-    /// The processor must have what the plan is named after, and the block be as it says.
+    /// The processor must have what the plan was made for, and the block be as it says.
     pub unsafe fn block(&self, block: &mut Block<'_>) {
         // SAFETY: the caller's promise.
         unsafe { (self.functions.block)(self, block) }
@@ -100,7 +100,7 @@ impl Plan {
     /// The sum of one or two values, those of a key.
     ///
     /// # Safety
-    /// The processor must have what the plan is named after.
+    /// The processor must have what the plan was made for.
     pub unsafe fn pack_value(
         &self,
         packed: &mut [f32],

@@ -21,6 +21,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -1301,6 +1302,10 @@ def test_interrupted(tmp_path: Path, hangup: signal.Handlers) -> None:
     ) as process:
         while process.poll() is None and not is_writing(process, folder):
             pass  # writing takes some tenths of a second
+        if hangup is signal.SIG_IGN:
+            process.send_signal(signal.SIGHUP)
+            time.sleep(0.02)
+            assert process.poll() in (None, 0)  # goes on
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=60)
     assert b"Traceback" not in err

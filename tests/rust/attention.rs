@@ -389,19 +389,46 @@ proptest! {
         for (index, bits) in indices(case.value.shape).zip(bits.iter().cycle()).step_by(2) {
             case.value.set(index, *bits);
         }
-        let before = case.value.clone();
-        case.mix().unwrap();
-        for index in indices(before.shape) {
-            let [v, found] = [&before, &case.value].map(|host| host.bits(index));
-            let [v_c, mixed] = [v, found].map(|bits| number_of(before.dtype, bits));
-            let strength = case.strength(index[0]);
-            let sum = v_c + strength * case.aesthetic(index) as f32;
-            let expected = if strength == 0.0 { v } else { bits_of(before.dtype, sum) };
-            // Which of the NaNs a sum is, is the processor's choice.
-            let any_nan = strength != 0.0 && sum.is_nan() && mixed.is_nan();
-            prop_assert!(found == expected || any_nan, "{} for {}", mixed, sum);
+        check_mixed(case);
+    }
+}
+
+fn check_mixed(mut case: Case) {
+    let before = case.value.clone();
+    case.mix().unwrap();
+    for index in indices(before.shape) {
+        let [v, found] = [&before, &case.value].map(|host| host.bits(index));
+        let [v_c, mixed] = [v, found].map(|bits| number_of(before.dtype, bits));
+        let strength = case.strength(index[0]);
+        let sum = v_c + strength * case.aesthetic(index) as f32;
+        let expected = if strength == 0.0 {
+            v
+        } else {
+            bits_of(before.dtype, sum)
+        };
+        // Which of the NaNs a sum is, is the processor's choice.
+        let any_nan = strength != 0.0 && sum.is_nan() && mixed.is_nan();
+        assert!(found == expected || any_nan, "{mixed} for {sum}");
+    }
+    assert!(case.value.is_clean());
+}
+
+/// Tokens that are adjacent are mixed as one row, some thousand numbers at a time.
+#[test]
+fn whole_contexts_are_mixed() {
+    const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
+    let of = |dtype, padding, shape: [usize; 4]| {
+        let memory = (dtype, DENSE.1, padding, DENSE.3, DENSE.4);
+        Host::new(memory, shape, numbers(shape.iter().product(), 3))
+    };
+    for (value, v_a) in DTYPES.iter().flat_map(|a| DTYPES.map(|b| (*a, b))) {
+        for padding in [[0; 4], [0, 0, 0, 1], [0, 1, 0, 0]] {
+            check_mixed(Case {
+                value: of(value, padding, [2, 154, 3, 41]),
+                v_a: of(v_a, padding, [1, 77, 3, 41]),
+                ..plain(2, 1, 154, 3, 41)
+            });
         }
-        prop_assert!(case.value.is_clean());
     }
 }
 
