@@ -60,8 +60,9 @@ def build_with_tsan(folder: Path, source: str) -> Path:
     Rust compiler brings: gcc's is too old for what the library calls."""
     library = instrumented("target/tsan/{}/debug/libvmix.so")
     (folder / "libvmix.so.1").symlink_to(library)
-    sysroot = Path(run("rustc", "--print", "sysroot").strip())
-    (runtime,) = sysroot.glob("lib/rustlib/*/lib/librustc*_rt.tsan.a")
+    assert HOST is not None
+    own = Path(run("rustc", "--print", "sysroot").strip()) / "lib" / "rustlib" / HOST[1] / "lib"
+    (runtime,) = own.glob("librustc*_rt.tsan.a")
     objects, program = folder / "program.o", folder / "program"
     command = [tool("gcc"), "-std=c11", "-D_GNU_SOURCE", "-g", "-fsanitize=thread"]
     run(*command, f"-I{ROOT / 'include'}", "-c", ROOT / source, "-o", objects)
