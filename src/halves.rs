@@ -101,6 +101,7 @@ unsafe impl Half for bf16 {
 }
 
 /// Numbers that are converted at a time.
+#[cfg(target_arch = "x86_64")]
 const N: usize = 8;
 
 #[cfg(target_arch = "x86_64")]
@@ -111,12 +112,15 @@ fn by_eight() -> bool {
 /// As many f32 as there are halves.
 pub(crate) fn widen<H: Half>(from: &Halves, to: &mut [f32]) {
     assert_eq!(from.len(), to.len());
-    let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if by_eight() {
+    let done = if by_eight() {
         // SAFETY: the instructions are there.
-        done = unsafe { widen_by_eight::<H>(from, to) };
-    }
+        unsafe { widen_by_eight::<H>(from, to) }
+    } else {
+        0
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
     for (to, x) in to[done..].iter_mut().zip(&from[done..]) {
         *to = bytemuck::pod_read_unaligned::<H>(x).widen();
     }
@@ -125,12 +129,15 @@ pub(crate) fn widen<H: Half>(from: &Halves, to: &mut [f32]) {
 /// As many halves as there are f32.
 pub(crate) fn round<H: Half>(from: &[f32], to: &mut [H]) {
     assert_eq!(from.len(), to.len());
-    let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if by_eight() {
+    let done = if by_eight() {
         // SAFETY: the instructions are there.
-        done = unsafe { round_by_eight(from, to) };
-    }
+        unsafe { round_by_eight(from, to) }
+    } else {
+        0
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
     for (to, x) in to[done..].iter_mut().zip(&from[done..]) {
         *to = H::round(*x);
     }
@@ -139,12 +146,15 @@ pub(crate) fn round<H: Half>(from: &[f32], to: &mut [H]) {
 /// Adds `scale` times numbers to as many others, in f32, and rounds each sum once.
 pub(crate) fn add_scaled<H: Half>(sum: &mut [H], scale: f32, added: &[H]) {
     assert_eq!(sum.len(), added.len());
-    let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if by_eight() {
+    let done = if by_eight() {
         // SAFETY: the instructions are there.
-        done = unsafe { add_by_eight(sum, scale, added) };
-    }
+        unsafe { add_by_eight(sum, scale, added) }
+    } else {
+        0
+    };
+    #[cfg(not(target_arch = "x86_64"))]
+    let done = 0;
     for (sum, a) in sum[done..].iter_mut().zip(&added[done..]) {
         *sum = H::round(sum.widen() + scale * a.widen());
     }

@@ -24,7 +24,7 @@ pub(crate) struct Rows {
 }
 
 enum Packing {
-    /// One after the other, for the crate `gemm`; no slower than the AVX2 kernel of attention.
+    /// One after the other, for the crate `gemm`.
     Dense,
     #[cfg(target_arch = "x86_64")]
     Avx512(Panels),
@@ -305,12 +305,23 @@ pub(crate) unsafe fn product(
 mod tests {
     use super::*;
 
+    fn kernels() -> impl Iterator<Item = Kernel> {
+        Kernel::ALL
+            .into_iter()
+            .filter(|kernel| kernel.is_available())
+    }
+
+    fn dense<'a>(numbers: &'a [f32], shape: &'a [usize]) -> View<'a> {
+        View {
+            dtype: DType::F32,
+            shape,
+            bytes: bytemuck::cast_slice(numbers),
+        }
+    }
+
     #[test]
     fn every_kernel_is_the_plain_triple_loop() {
-        let kernels = Kernel::ALL
-            .into_iter()
-            .filter(|kernel| kernel.is_available());
-        for kernel in kernels {
+        for kernel in kernels() {
             // One row and one block, whole panels and steps, and a number more than those.
             for (m, n, k) in [
                 (1, 1, 1),
@@ -321,11 +332,8 @@ mod tests {
             ] {
                 let rows: Vec<f32> = (0..m * k).map(|i| (i % 19) as f32 - 9.0).collect();
                 let weight: Vec<f32> = (0..n * k).map(|i| (i % 11) as f32).collect();
-                let view = View {
-                    dtype: DType::F32,
-                    shape: &[n, k],
-                    bytes: bytemuck::cast_slice(&weight),
-                };
+                let shape = [n, k];
+                let view = dense(&weight, &shape);
                 let rows_of = Rows::packed_for(kernel, &rows, k).unwrap();
                 let found = rows_of.times_transposed(view).unwrap();
                 let products = (0..m * n).map(|i| {
@@ -348,10 +356,7 @@ mod tests {
 
     #[test]
     fn what_is_not_finite_is_said() {
-        let kernels = Kernel::ALL
-            .into_iter()
-            .filter(|kernel| kernel.is_available());
-        for kernel in kernels {
+        for kernel in kernels() {
             for (weight, rows, found) in [
                 (f32::NAN, 0.0, "NaN or infinity"),
                 (f32::INFINITY, 0.0, "NaN or infinity"),
@@ -364,11 +369,7 @@ mod tests {
                 let rows = Rows::packed_for(kernel, &[rows; 6], 3).unwrap();
                 let mut weights = [1.0; 12];
                 weights[7] = weight;
-                let view = View {
-                    dtype: DType::F32,
-                    shape: &[4, 3],
-                    bytes: bytemuck::cast_slice(&weights),
-                };
+                let view = dense(&weights, &[4, 3]);
                 assert_eq!(rows.times_transposed(view).unwrap_err(), found, "{kernel}");
             }
         }
