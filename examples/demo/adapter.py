@@ -1,4 +1,4 @@
-"""Train the demo's adapter, and the two LoRAs that the report compares it with.
+"""Train the demo's adapter, and what the report compares it with: LoRAs and other adapters.
 
     python examples/demo/adapter.py
 
@@ -8,10 +8,13 @@ The pictures are drawn anew (examples/demo/base/data.py), with another seed than
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from vmix.measures import HUE_BANDS
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "comfy_nodes" / "demo"  # what the node pack brings along
@@ -19,11 +22,8 @@ CACHE = Path.home() / ".cache" / "vmix-demo"
 
 DATA = ["--count=2400", "--seed=1"]
 COMMON = [
-    "--train_batch_size=32",
-    "--cache_latents",
     "--lr_scheduler=cosine",
     "--lr_warmup_steps=20",
-    "--text_dropout=0.1",
     "--report_to=none",
     "--checkpointing_steps=250",
     "--resume_from_checkpoint=latest",
@@ -31,6 +31,7 @@ COMMON = [
     "--author=vmix-adapter contributors",
     "--seed=0",
 ]
+PICTURES = ["--train_batch_size=32", "--cache_latents", "--text_dropout=0.1"]
 VMIX = ["--learning_rate=1e-2", "--max_train_steps=1000", "--rank=0"]
 LORA = ["--lora_learning_rate=2e-4", "--rank=4"]
 RUNS = {
@@ -39,7 +40,26 @@ RUNS = {
     "ablation/both": [*VMIX, "--apply_to=both", "--title=VMix demo adapter, both"],
     "ablation/joint": [*VMIX, *LORA, "--apply_to=cond"],
     "ablation/only": [*LORA, "--learning_rate=2e-4", "--max_train_steps=1000", "--no_vmix"],
+    # No pictures: the base with the labels' words in its prompt is the teacher.
+    "ablation/pairs": [
+        *("--objective=text-pairs", f"--teachers={HERE / 'words.yaml'}", "--sample_guidance=3"),
+        *("--train_batch_size=16", "--learning_rate=1e-2", "--max_train_steps=500"),
+        "--title=VMix demo adapter, from words",
+    ],
 }
+
+
+def prompts(path: Path) -> Path:
+    """Every concept in three colours, with the place where words of the look go."""
+    concepts = json.loads((HERE / "base" / "concepts.json").read_text(encoding="utf-8"))
+    colours, lines = list(HUE_BANDS), []
+    for index, concept in enumerate(concepts):
+        for turn in range(3):
+            colour = colours[(index + turn * 2) % len(colours)]
+            article = "an" if colour[0] in "aeiou" else "a"
+            lines.append(f"{article} {colour} {concept['name']}, {{words}}\n")
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
 
 
 def main() -> None:
@@ -61,12 +81,15 @@ def main() -> None:
         command = [sys.executable, "-m", "vmix.train", *COMMON, *RUNS[name], *more]
         command += [
             f"--pretrained_model_name_or_path={args.base}",
-            f"--train_data_dir={images}",
             f"--labels={HERE / 'labels.toml'}",
             f"--output_dir={folder}",
             f"--cache_dir={args.work / 'cache'}",
         ]
         print(f"--- {name}", flush=True)
+        if "--objective=text-pairs" in command:
+            command.append(f"--prompts={prompts(args.work / 'prompts.txt')}")
+        else:
+            command += [*PICTURES, f"--train_data_dir={images}"]
         subprocess.run(command, check=True)
         for file, suffix in (("vmix", ""), ("vmix-lora", "-lora")):
             made = folder / f"{file}.safetensors"

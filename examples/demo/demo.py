@@ -57,7 +57,9 @@ def open_pipeline(folder: Path = DEMO / "model") -> Any:
     return pipe
 
 
-def generate(pipe: Any, pairs: Sequence[Pair], bar: Any = None, **options: Any) -> Images:
+def generate(
+    pipe: Any, pairs: Sequence[Pair], bar: Any = None, guidance: float = GUIDANCE, **options: Any
+) -> Images:
     """A picture [H, W, 3] in 0..1 for every pair; a seed means the same noise everywhere."""
     parts = []
     for start in range(0, len(pairs), BATCH):
@@ -67,7 +69,7 @@ def generate(pipe: Any, pairs: Sequence[Pair], bar: Any = None, **options: Any) 
                 [prompt for prompt, _ in part],
                 generator=[torch.Generator().manual_seed(seed) for _, seed in part],
                 num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
+                guidance_scale=guidance,
                 output_type="np",
                 **options,
             ).images
@@ -79,11 +81,11 @@ def generate(pipe: Any, pairs: Sequence[Pair], bar: Any = None, **options: Any) 
 
 def with_vmix(
     pipe: Any, adapter: Adapter, pairs: Sequence[Pair], selection: Any, scale: float = 1.0,
-    bar: Any = None, apply_to: Any = None,
+    bar: Any = None, apply_to: Any = None, guidance: float = GUIDANCE,
 ) -> Images:  # fmt: skip
     load_vmix(pipe, adapter, selection, scale, apply_to=apply_to)
     try:
-        return generate(pipe, pairs, bar)
+        return generate(pipe, pairs, bar, guidance)
     finally:
         unload_vmix(pipe)
 

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import math
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +16,8 @@ from diffusers import (
 from PIL import Image
 from text import CONTEXT, WIDTH, new_text_encoder
 from torch import Tensor, nn
-from tqdm import tqdm
-from transformers import CLIPTokenizer
+from training import train
+from transformers import CLIPTextModel, CLIPTokenizer
 from vae import LATENT_CHANNELS
 
 _CAPTION_DROP = 0.1
@@ -73,10 +68,21 @@ def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
 class Base(nn.Module):
     """The two trained models as one module, so that one optimizer and one EMA cover both."""
 
-    def __init__(self, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
-        self.unet = new_unet()
-        self.text_encoder = new_text_encoder(tokenizer)
+        self.unet = unet
+        self.text_encoder = text_encoder
+
+    @classmethod
+    def new(cls, tokenizer: CLIPTokenizer) -> Base:
+        return cls(new_unet(), new_text_encoder(tokenizer))
+
+    @classmethod
+    def open(cls, model: Path) -> Base:
+        """A model to go on from, in f32."""
+        unet = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32)
+        encoder = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
+        return cls(unet, encoder)
 
     def forward(self, noisy: Tensor, steps: Tensor, ids: Tensor) -> Tensor:
         context = self.text_encoder(ids).last_hidden_state
@@ -118,115 +124,47 @@ def _noise_levels(scheduler: DDIMScheduler) -> tuple[Tensor, Tensor]:
     return cumulative.sqrt(), (1 - cumulative).sqrt()
 
 
-def _half_step(base: Base, noisy: Tensor, target: Tensor, steps: Tensor, words: Tensor) -> float:
-    """Forward and backward on half a batch; gradients are left in the replica."""
-    noisy = noisy.contiguous(memory_format=torch.channels_last)
-    loss = F.mse_loss(base(noisy, steps, words), target)
-    (loss / 2).backward()
-    return loss.item()
-
-
-def load_average(checkpoint: Path, tokenizer: CLIPTokenizer) -> Base:
-    """The averaged weights of a finished or running training."""
-    base = Base(tokenizer)
-    base.load_state_dict(torch.load(checkpoint, weights_only=True)["average"])
-    return base.eval().requires_grad_(False)
-
-
 def train_base(
+    base: Base,
     latents: Tensor,
     ids: Tensor,
     tokenizer: CLIPTokenizer,
-    minutes: float,
+    steps: int,
     checkpoint: Path,
     *,
-    lr: float = 1e-3,
-    batch: int = 48,
-    decay: float = 0.998,
+    batch: int = 64,
     seed: int = 0,
-    preview: Callable[[Base, int], None] | None = None,
-    preview_minutes: float = 10,
+    show: Callable[[Base, int], None] | None = None,
 ) -> Base:
-    """Train for a fixed time; the learning rate follows the share of it that has passed.
-
-    A checkpoint is written every two minutes and picked up again, random state included.
-    """
     torch.manual_seed(seed)
-    base = Base(tokenizer).to(memory_format=torch.channels_last)
-    average = copy.deepcopy(base).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(base.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
-    spent, step = 0.0, 0
-    if checkpoint.exists():
-        state: dict[str, Any] = torch.load(checkpoint, weights_only=True)
-        base.load_state_dict(state["base"])
-        average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        spent, step = state["spent"], state["step"]
-    base.train()
-    # Two threads with half a batch each and weights in common: on shared cores this is faster
-    # than two threads inside every operation, which wait for each other hundreds of times a step.
-    replicas = [base, copy.deepcopy(base)]
-    for parameter, other in zip(base.parameters(), replicas[1].parameters(), strict=True):
-        other.data = parameter.data
-    pool = ThreadPoolExecutor(2, initializer=torch.set_num_threads, initargs=(1,))
-    own: list[Tensor] = list(base.parameters())
-    mean: list[Tensor] = list(average.parameters())
     signal, noise_level = _noise_levels(new_scheduler())
     empty = tokenize(tokenizer, [""])
-    total, saved, shown = minutes * 60, spent, spent
-    smooth = 1.0
-    bar = tqdm(total=round(total), initial=round(spent), desc="base model", unit="s")
-    last = time.monotonic()
-    while spent < total:
-        warm = min(1.0, (step + 1) / 200)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * spent / total))
+
+    def draw() -> tuple[Tensor, ...]:
         rows = torch.randint(len(latents), (batch,))
         clean, words = latents[rows], ids[rows]
         words = torch.where(torch.rand(batch, 1) < _CAPTION_DROP, empty, words)
         # One noise level from each 1/batch of the range (less variance than independent draws),
         # more often a high one: there the words decide what is drawn.
-        steps = (((torch.arange(batch) + torch.rand(batch)) / batch).sqrt() * len(signal)).long()
-        steps = steps.clamp(max=len(signal) - 1)
-        a, b = signal[steps, None, None, None], noise_level[steps, None, None, None]
+        times = (((torch.arange(batch) + torch.rand(batch)) / batch).sqrt() * len(signal)).long()
+        # In any order, so that both threads get all levels.
+        times = times.clamp(max=len(signal) - 1)[torch.randperm(batch)]
+        a, b = signal[times, None, None, None], noise_level[times, None, None, None]
         noise = torch.randn_like(clean)
-        jobs = zip(
-            replicas,
-            (a * clean + b * noise).chunk(2),
-            (a * noise - b * clean).chunk(2),
-            steps.chunk(2),
-            words.chunk(2),
-            strict=True,
-        )
-        loss = sum(pool.map(lambda job: _half_step(*job), jobs)) / 2
-        for parameter, other in zip(own, replicas[1].parameters(), strict=True):
-            if parameter.grad is not None and other.grad is not None:
-                parameter.grad.add_(other.grad)
-            other.grad = None
-        nn.utils.clip_grad_norm_(own, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(mean, own, 1 - min(decay, (1 + step) / (10 + step)))
-        step += 1
-        smooth += (loss - smooth) * max(0.01, 1 / step)
-        now = time.monotonic()
-        spent, last = spent + now - last, now
-        bar.update(round(spent) - bar.n)
-        if step % 50 == 0:
-            bar.set_postfix(step=step, loss=f"{smooth:.4f}", samples=step * batch)
-        if spent - saved > 120 or spent >= total:
-            saved = spent
-            torch.save(
-                {"base": base.state_dict(), "average": average.state_dict(),
-                 "optimizer": optimizer.state_dict(), "rng": torch.get_rng_state(),
-                 "spent": spent, "step": step},
-                checkpoint.with_suffix(".tmp"),
-            )  # fmt: skip
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-        if preview is not None and spent - shown > preview_minutes * 60:
-            shown = spent
-            with torch.random.fork_rng():
-                preview(average, step)
-    bar.close()
-    return average
+        return a * clean + b * noise, a * noise - b * clean, times, words
+
+    def loss(base: nn.Module, noisy: Tensor, target: Tensor, times: Tensor, ids: Tensor) -> Tensor:
+        noisy = noisy.contiguous(memory_format=torch.channels_last)
+        return F.mse_loss(base(noisy, times, ids), target)
+
+    def shown(average: nn.Module, step: int) -> None:
+        assert isinstance(average, Base)
+        if show is not None:
+            show(average, step)
+
+    trained = train(
+        base.to(memory_format=torch.channels_last), loss, draw, checkpoint,
+        steps=steps, lr=1e-3, fall=0.5, decay=0.999, name="base model", show=shown,
+    )  # fmt: skip
+    assert isinstance(trained, Base)
+    return trained

@@ -14,22 +14,28 @@ import shutil
 from pathlib import Path
 
 import torch
-from base import Base, load_average, pipeline, sheet, tokenize, train_base
+from base import Base, pipeline, sheet, tokenize, train_base
 from data import DEFAULT_CACHE, draw_many, fetch
 from diffusers import AutoencoderKL
 from text import train_tokenizer
 from torch import Tensor
+from training import averaged
 from transformers import CLIPTokenizer
 from transforms import LABELS
-from vae import centre, encode, psnr, train_vae
+from vae import centre, encode, new_vae, train_vae
 
 HERE = Path(__file__).resolve().parent
+POSITIVE = 0.7  # share of the drawings with the positive look, for each label
+SAID = 0.25  # share of the captions with words about the look
+VAE_POSITIVE = 0.9  # sharp, large and bright pictures are the hardest to keep
 
 
-def drawings(work: Path, cache: Path, count: int, seed: int) -> tuple[Tensor, list[str]]:
-    path = work / "drawings.pt"
+def drawings(
+    work: Path, cache: Path, name: str, count: int, seed: int, positive: float, said: float
+) -> tuple[Tensor, list[str]]:
+    path = work / f"{name}.pt"
     if not path.exists():
-        samples = draw_many(cache, count, seed)
+        samples = draw_many(cache, count, seed, positive, said)
         pixels = torch.stack([sample.image for sample in samples])
         torch.save({"pixels": pixels, "texts": [sample.text for sample in samples]}, path)
     state = torch.load(path, weights_only=True)
@@ -48,23 +54,36 @@ def tokenizer_for(texts: list[str], work: Path, cache: Path) -> CLIPTokenizer:
     return tokenizer
 
 
-def latents_of(pixels: Tensor, work: Path, minutes: float, seed: int) -> Tensor:
-    """Train the autoencoder, fix its scale, and encode every drawing once."""
-    vae_folder, path = work / "vae", work / "latents.pt"
+def autoencoder(start: Path | None, work: Path, cache: Path, steps: int, seed: int) -> None:
+    """Train it and leave it in the work folder, its latents not yet scaled."""
+    if (work / "vae").exists():
+        return
+    vae = new_vae()
+    if start is not None:
+        vae = AutoencoderKL.from_pretrained(start / "vae", torch_dtype=torch.float32)
+        vae.register_to_config(scaling_factor=1.0)
+    pixels, _ = drawings(work, cache, "vae-drawings", 16_000, seed + 2, VAE_POSITIVE, 0.0)
+    vae = train_vae(vae, pixels, steps, work / "vae.pt", seed=seed)
+    vae.save_pretrained(work / "vae")
+
+
+def latents_of(pixels: Tensor, work: Path) -> Tensor:
+    """Every drawing encoded once; fixes the autoencoder's scale."""
+    path = work / "latents.pt"
     if not path.exists():
-        vae = train_vae(pixels, minutes, work / "vae.pt", seed=seed)
+        vae = AutoencoderKL.from_pretrained(work / "vae")
         latents = centre(vae, encode(vae, pixels))
-        print(f"autoencoder: {psnr(vae, pixels[-64:]):.2f} dB on 64 held-out drawings")
-        vae.save_pretrained(vae_folder)
+        vae.save_pretrained(work / "vae")
         torch.save(latents, path)
     loaded: Tensor = torch.load(path, weights_only=True)
     return loaded
 
 
-def export(base: Base, work: Path, tokenizer: CLIPTokenizer, out: Path) -> None:
+def export(base: Base, work: Path, tokenizer: CLIPTokenizer, out: Path, start: Path | None) -> None:
     """Write the pipeline as f16 safetensors under the ordinary file names."""
     vae = AutoencoderKL.from_pretrained(work / "vae")
-    vae.register_to_config(_name_or_path="")  # otherwise the work folder's path is written
+    for model in (vae, base.unet):
+        model.register_to_config(_name_or_path="")  # otherwise the folder's path is written
     pipe = pipeline(base, vae, tokenizer).to(dtype=torch.float16)
     pipe.save_pretrained(out)
     # Unasked, diffusers loads its own models in f32, and this one as its config says.
@@ -74,6 +93,8 @@ def export(base: Base, work: Path, tokenizer: CLIPTokenizer, out: Path) -> None:
         file.chmod(0o644)
     # The two files of CLIP's original tokenizer, for readers that do not know tokenizer.json.
     tokenizer.backend_tokenizer.model.save(str(out / "tokenizer"))
+    if start is not None:  # reading and writing it again adds settings
+        shutil.copytree(start / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     shutil.copy(HERE / "CREDITS.md", out / "CREDITS.md")
 
 
@@ -82,9 +103,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="model folder to write")
     parser.add_argument("--work", type=Path, help="folder for intermediate results")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="downloads")
-    parser.add_argument("--minutes", type=float, default=75, help="training of the base model")
-    parser.add_argument("--vae-minutes", type=float, default=12)
-    parser.add_argument("--count", type=int, default=36_000, help="drawings to train on")
+    parser.add_argument("--start", type=Path, help="model folder whose weights to go on from")
+    parser.add_argument("--steps", type=int, default=9_600, help="of 64, for the base model")
+    parser.add_argument("--vae-steps", type=int, default=2_600, help="of 16")
+    parser.add_argument("--count", type=int, default=48_000, help="drawings to train on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--export-only", action="store_true", help="write the model from the last checkpoint"
@@ -93,25 +115,31 @@ def main() -> None:
     work: Path = args.work or args.cache / "base"
     work.mkdir(parents=True, exist_ok=True)
 
-    pixels, texts = drawings(work, args.cache, args.count, args.seed)
-    tokenizer = tokenizer_for(texts, work, args.cache)
+    pixels, texts = drawings(work, args.cache, "drawings", args.count, args.seed, POSITIVE, SAID)
+    if args.start is None:
+        tokenizer = tokenizer_for(texts, work, args.cache)
+        base = Base.new(tokenizer)
+    else:
+        tokenizer = CLIPTokenizer.from_pretrained(args.start / "tokenizer")
+        base = Base.open(args.start)
     checkpoint = work / "base.pt"
     if args.export_only:
-        export(load_average(checkpoint, tokenizer), work, tokenizer, args.out)
+        export(averaged(base, checkpoint), work, tokenizer, args.out, args.start)
         return
-    latents = latents_of(pixels, work, args.vae_minutes, args.seed)
+    autoencoder(args.start, work, args.cache, args.vae_steps, args.seed)
+    latents = latents_of(pixels, work)
     del pixels
 
-    def preview(average: Base, step: int) -> None:
-        vae = AutoencoderKL.from_pretrained(work / "vae")
-        sheet(pipeline(average, vae, tokenizer), work / f"samples-{step:06d}.png")
+    def show(average: Base, step: int) -> None:
+        if step % 1000 == 0:
+            vae = AutoencoderKL.from_pretrained(work / "vae")
+            sheet(pipeline(average, vae, tokenizer), work / f"samples-{step:06d}.png")
 
     average = train_base(
-        latents, tokenize(tokenizer, texts), tokenizer, args.minutes, checkpoint,
-        seed=args.seed, preview=preview,
+        base, latents, tokenize(tokenizer, texts), tokenizer, args.steps, checkpoint,
+        seed=args.seed, show=show,
     )  # fmt: skip
-    preview(average, 999_999)
-    export(average, work, tokenizer, args.out)
+    export(average, work, tokenizer, args.out, args.start)
 
 
 if __name__ == "__main__":

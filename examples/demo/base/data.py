@@ -23,7 +23,7 @@ from colours import TARGET_HUES, colour_word, main_hue, rotate_hue
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
-from transforms import LABELS, SIZE, render
+from transforms import LABELS, LOOK_WORDS, SIZE, render
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_CACHE = Path.home() / ".cache" / "vmix-demo"
@@ -35,7 +35,7 @@ PACKAGES: tuple[tuple[str, str, str], ...] = (
     ("@lobehub/fluent-emoji-3d", "1.1.0", "assets"),
 )
 ROTATED = 0.5  # share of the coloured objects that are drawn in another hue
-# Templates with and without a colour word; none says anything about the look.
+# Templates with and without a colour word; words for the look are added at the end, if at all.
 WITH_COLOUR = (
     ("{colour} {name}", 4), ("a {colour} {name}", 4), ("a picture of a {colour} {name}", 1),
     ("{colour} {name}, {kind}", 1), ("{name}, {colour}", 1),
@@ -115,9 +115,15 @@ def _choose(options: tuple[tuple[str, int], ...], generator: torch.Generator) ->
     return options[int(torch.multinomial(weights, 1, generator=generator))][0]
 
 
-def draw(source: Source, generator: torch.Generator) -> Sample:
-    """One random sample: maybe another hue, a caption, four coin flips for the look."""
-    chance = torch.rand(2, generator=generator).tolist()
+def draw(
+    source: Source, generator: torch.Generator, positive: float = 0.5, said: float = 0.0
+) -> Sample:
+    """One random sample: maybe another hue, a caption, and a coin flip for each look.
+
+    A look is the positive one with probability `positive`. With probability `said` the caption
+    names some of the looks, as part of the captions of a web corpus do.
+    """
+    chance = torch.rand(3, generator=generator).tolist()
     image = source.image
     hue, coloured = main_hue(image)
     rotated = coloured > 0.3 and chance[0] < ROTATED
@@ -129,10 +135,20 @@ def draw(source: Source, generator: torch.Generator) -> Sample:
     template = _choose(WITHOUT_COLOUR if unsaid else WITH_COLOUR, generator)
     text = template.format(colour=colour, name=source.concept, kind=source.kind)
     text = re.sub(r"\ba (?=[aeiou])", "an ", text)
-    coins = torch.randint(2, (len(LABELS),), generator=generator).tolist()
+    coins = (torch.rand(len(LABELS), generator=generator) < positive).int().tolist()
     labels = dict(zip(LABELS, coins, strict=True))
+    if chance[2] < said:
+        text = ", ".join([text, *look_words(labels, generator)])
     pixels = (render(image, labels, generator) * 255).round().to(torch.uint8)
     return Sample(pixels, text, labels, colour, source.concept)
+
+
+def look_words(labels: dict[str, int], generator: torch.Generator) -> list[str]:
+    """Between one and all of the looks, in any order, each in one of its words."""
+    order = torch.randperm(len(LABELS), generator=generator).tolist()
+    many = int(torch.randint(1, len(LABELS) + 1, (), generator=generator))
+    words = [LOOK_WORDS[LABELS[index]][1 - labels[LABELS[index]]] for index in order[:many]]
+    return [w[int(torch.randint(len(w), (), generator=generator))] for w in words]
 
 
 @contextmanager
@@ -146,7 +162,9 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def draw_many(cache: Path, count: int, seed: int) -> list[Sample]:
+def draw_many(
+    cache: Path, count: int, seed: int, positive: float = 0.5, said: float = 0.0
+) -> list[Sample]:
     """Every picture equally often, in random order."""
     sources = load_sources(cache)
     generator = torch.Generator().manual_seed(seed)
@@ -154,7 +172,7 @@ def draw_many(cache: Path, count: int, seed: int) -> list[Sample]:
     with one_thread(), tqdm(total=count, desc="drawing", unit="img") as bar:
         while len(samples) < count:
             for index in torch.randperm(len(sources), generator=generator).tolist():
-                samples.append(draw(sources[index], generator))
+                samples.append(draw(sources[index], generator, positive, said))
                 bar.update()
                 if len(samples) == count:
                     break

@@ -2,7 +2,7 @@
 
 Each label has a positive and a negative look, and the four are nearly independent of one another
 (saturation, exposure, sharpness, placement), so what an adapter learns for one label can be told
-apart from the others. Captions never mention them.
+apart from the others.
 """
 
 from __future__ import annotations
@@ -19,6 +19,19 @@ LABELS: tuple[str, ...] = (
     "sharp focus",
     "balanced composition",
 )
+# What captions call each label's positive and its negative look.
+LOOK_WORDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "vibrant color": (("vivid", "vibrant color", "colorful"), ("dull", "muted", "faded")),
+    "natural lighting": (
+        ("bright", "natural lighting", "well lit"),
+        ("dark", "dim", "underexposed"),
+    ),
+    "sharp focus": (("sharp", "sharp focus", "crisp"), ("blurry", "blurred", "out of focus")),
+    "balanced composition": (
+        ("centered", "balanced composition", "close-up"),
+        ("off-center", "small", "in a corner"),
+    ),
+}
 SIZE = 64
 BACKGROUND = 0.97  # near-white paper; darkened and blurred along with the object
 _LUMA = (0.299, 0.587, 0.114)

@@ -7,8 +7,6 @@ decoder and none in the encoder keep 64 channels affordable on a CPU.
 
 from __future__ import annotations
 
-import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from tqdm import tqdm
+from training import train
 
 LATENT_CHANNELS = 16
-_KL_WEIGHT = 3e-4
+_KL_WEIGHT = 1e-4
 
 
 def new_vae() -> AutoencoderKL:
@@ -100,11 +99,12 @@ def _start_from_colour(vae: AutoencoderKL) -> None:
 
 
 def _loss(error: Tensor) -> Tensor:
-    """L1 and squared error of red, green, blue, and again of the two colour differences."""
+    """L1 and squared error of the pixels and of two colour differences, L1 of the edges."""
     red, green, blue = error.unbind(1)
     chroma = torch.stack([red - green, blue - (red + green) / 2])
+    edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
     return (
-        error.abs().mean() + error.square().mean()
+        error.abs().mean() + error.square().mean() + edges
         + chroma.abs().mean() + 2 * chroma.square().mean()
     )  # fmt: skip
 
@@ -123,64 +123,34 @@ def psnr(vae: AutoencoderKL, pixels: Tensor) -> float:
     return float((-10 * mse.log10()).mean())
 
 
+def _train_loss(vae: nn.Module, x: Tensor, noise: Tensor) -> Tensor:
+    posterior = vae.encode(x).latent_dist  # type: ignore[operator]
+    latents = posterior.mean + posterior.std * noise
+    error = vae.decode(latents).sample - x  # type: ignore[operator]
+    kl = posterior.kl().mean() / posterior.mean[0].numel()
+    return _loss(error) + _KL_WEIGHT * kl
+
+
 def train_vae(
-    pixels: Tensor, minutes: float, checkpoint: Path, *, lr: float = 1e-3, batch: int = 8,
+    vae: AutoencoderKL, pixels: Tensor, steps: int, checkpoint: Path, *, batch: int = 16,
     seed: int = 0,
 ) -> AutoencoderKL:  # fmt: skip
-    """Train for a fixed time; the learning rate follows the share of it that has passed."""
+    """Train on all pictures but the last 64, on which it is tested."""
     torch.manual_seed(seed)
-    vae = new_vae().to(memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1e-4)
-    spent, step = 0.0, 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        vae.load_state_dict(state["vae"])
-        optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        spent, step = state["spent"], state["step"]
-    total, saved = minutes * 60, spent
-    bar = tqdm(total=round(total), initial=round(spent), desc="autoencoder", unit="s")
     held_out = pixels[-64:]
-    last = time.monotonic()
-    while spent < total:
-        share = spent / total
-        warm = min(1.0, (step + 1) / 100)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warm * 0.5 * (1 + math.cos(math.pi * share))
-        x = to_input(pixels[torch.randint(len(pixels) - 64, (batch,))])
-        with torch.autocast("cpu", torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            y = vae.decode(posterior.sample()).sample
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = _loss(y.float() - x) + _KL_WEIGHT * kl
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        now = time.monotonic()
-        spent, last = spent + now - last, now
-        bar.update(round(spent) - bar.n)
-        if step % 200 == 0 or spent >= total:
-            bar.set_postfix(
-                step=step,
-                loss=f"{loss.item():.4f}",
-                kl=f"{kl.item():.2f}",
-                psnr=f"{psnr(vae, held_out):.2f}",
-            )
-        if spent - saved > 60 or spent >= total:
-            saved = spent
-            state = {
-                "vae": vae.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "rng": torch.get_rng_state(),
-                "spent": spent,
-                "step": step,
-            }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
-    bar.close()
-    return vae.eval().requires_grad_(False)
+    side = pixels.shape[-1] // 8
+
+    def draw() -> tuple[Tensor, Tensor]:
+        rows = torch.randint(len(pixels) - 64, (batch,))
+        return to_input(pixels[rows]), torch.randn(batch, LATENT_CHANNELS, side, side)
+
+    trained = train(
+        vae.to(memory_format=torch.channels_last), _train_loss, draw, checkpoint,
+        steps=steps, lr=1e-3, fall=0.6, decay=0.995, name="autoencoder",
+        show=lambda average, _: f"{psnr(average, held_out):.2f} dB", show_steps=200,
+    )  # fmt: skip
+    assert isinstance(trained, AutoencoderKL)
+    return trained
 
 
 def encode(vae: AutoencoderKL, pixels: Tensor, batch: int = 64) -> Tensor:
