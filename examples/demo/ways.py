@@ -41,10 +41,10 @@ def sides(way: str, adapter: Adapter, label: str) -> tuple[dict[str, float], dic
     """Selections with the label positive and negative.
 
     The others are where they change nothing; a trained adapter has no such place, there they are
-    positive, as in most of its uses.
+    positive, as in most of its uses. A training-free label is at 0 there, and opposed at -1.
     """
     rest = every(adapter) if way == TRAINED else {x.name: x.neutral or 0.0 for x in adapter.labels}
-    return {**rest, label: 1.0}, {**rest, label: 0.0}
+    return {**rest, label: 1.0}, {**rest, label: -1.0 if way == FREE else 0.0}
 
 
 def pictures(
