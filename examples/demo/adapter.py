@@ -14,10 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from demo import DEMO, HERE, article
 from vmix.measures import HUE_BANDS
 
-HERE = Path(__file__).resolve().parent
-DEMO = HERE.parents[1] / "comfy_nodes" / "demo"  # what the node pack brings along
 CACHE = Path.home() / ".cache" / "vmix-demo"
 
 DATA = ["--count=2400", "--seed=1"]
@@ -56,8 +55,7 @@ def prompts(path: Path) -> Path:
     for index, concept in enumerate(concepts):
         for turn in range(3):
             colour = colours[(index + turn * 2) % len(colours)]
-            article = "an" if colour[0] in "aeiou" else "a"
-            lines.append(f"{article} {colour} {concept['name']}, {{words}}\n")
+            lines.append(f"{article(colour)} {concept['name']}, {{words}}\n")
     path.write_text("".join(lines), encoding="utf-8")
     return path
 

@@ -2,8 +2,8 @@
 
     python examples/demo/cold_look.py
 
-writes docs/demo/cold-look/sheet.png, with numbers only, and key.json, the prompts. What viewers of
-the sheet answered is kept in looks.json beside them; report.py counts the answers.
+writes docs/demo/cold-look/sheet.png, with numbers only, and key.json, the prompts. `count` compares
+them with what viewers of the sheet answered.
 """
 
 from __future__ import annotations
@@ -11,19 +11,29 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-import numpy as np
-from demo import DEMO, GUIDANCE, HERE, STEPS, generate, open_pipeline
-from PIL import Image, ImageDraw, ImageFont
+from demo import (
+    CELL,
+    DEMO,
+    GUIDANCE,
+    HERE,
+    STEPS,
+    article,
+    font,
+    generate,
+    open_pipeline,
+    tile,
+)
+from PIL import Image, ImageDraw
 from vmix.measures import HUE_BANDS
 
 OUT = HERE.parents[1] / "docs" / "demo" / "cold-look"
 COUNT, SEED = 24, 0
-COLUMNS, CELL, GAP, HEAD = 6, 128, 12, 22
+COLUMNS, GAP, HEAD = 6, 12, 22
 # Other names for the things, and for colours next to each other.
 NAMES = {
     "airplane": ("plane", "aeroplane"),
@@ -33,6 +43,7 @@ NAMES = {
     "butterfly": ("moth",),
     "car": ("automobile",),
     "cat": ("kitten", "kitty"),
+    "cherries": ("cherry",),
     "clock": ("alarm", "watch"),
     "cup": ("mug", "coffee", "tea"),
     "dog": ("puppy",),
@@ -55,7 +66,7 @@ NAMES = {
     "umbrella": ("parasol",),
 }
 NEAR = {
-    "yellow": ("gold",), "blue": ("cyan", "teal", "turquoise"), "purple": ("violet",),
+    "yellow": ("gold", "golden"), "blue": ("cyan", "teal", "turquoise"), "purple": ("violet",),
     "pink": ("magenta",),
 }  # fmt: skip
 
@@ -67,7 +78,7 @@ def prompts() -> list[str]:
     names = draw.sample([concept["name"] for concept in concepts], COUNT)
     colours = [draw.choice(list(HUE_BANDS)) for _ in names]
     pairs = zip(colours, names, strict=True)
-    return [f"{'an' if c[0] in 'aeiou' else 'a'} {c} {name}" for c, name in pairs]
+    return [article(f"{colour} {name}") for colour, name in pairs]
 
 
 def sheet(pipe: Any) -> Image.Image:
@@ -77,24 +88,24 @@ def sheet(pipe: Any) -> Image.Image:
     size = (COLUMNS * (CELL + GAP) + GAP, rows * (CELL + HEAD + GAP) + GAP)
     canvas = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(canvas)
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    font = ImageFont.truetype(str(path), 13)
     for index, image in enumerate(images):
         x = GAP + index % COLUMNS * (CELL + GAP)
         y = GAP + index // COLUMNS * (CELL + HEAD + GAP)
-        pen.text((x + CELL / 2, y + HEAD / 2), str(index + 1), "#1f2328", font, anchor="mm")
-        tile = Image.fromarray((image * 255).round().astype(np.uint8))
-        canvas.paste(tile.resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y + HEAD))
+        pen.text((x + CELL / 2, y + HEAD / 2), str(index + 1), "#1f2328", font(13), anchor="mm")
+        canvas.paste(tile(image), (x, y + HEAD))
     return canvas
 
 
 def right(prompt: str, answer: str) -> tuple[bool, bool]:
     """Whether an answer has the object, and the colour, in one of their names."""
-    said = answer.lower()
+
+    def said(words: Sequence[str]) -> bool:  # as words of their own: a carrot is no car
+        return re.search(rf"\b({'|'.join(words)})(e?s)?\b", answer.lower()) is not None
+
     _, colour, name = prompt.split(" ", 2)
     objects = (name, name.rstrip("s"), *NAMES.get(name, ()))
     colours = (colour, *NEAR.get(colour, ()))
-    return any(word in said for word in objects), any(word in said for word in colours)
+    return said(objects), said(colours)
 
 
 def count(answers: Mapping[str, str], key: Sequence[str]) -> dict[str, int]:
@@ -116,7 +127,7 @@ def main() -> None:
     sheet(open_pipeline(args.model)).save(args.out / "sheet.png")
     key = {"prompts": prompts(), "steps": STEPS, "guidance": GUIDANCE}
     (args.out / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
-    print(f"see {args.out / 'sheet.png'}; looks.json is of the older sheet, if there was one")
+    print(f"see {args.out / 'sheet.png'}")
 
 
 if __name__ == "__main__":

@@ -99,6 +99,10 @@ def every(adapter: Adapter) -> dict[str, float]:
     return {label.name: 1.0 for label in adapter.labels}
 
 
+def article(text: str) -> str:
+    return ("an " if text[0] in "aeiou" else "a ") + text
+
+
 def colour_of(prompt: str) -> str:
     return next(word for word in prompt.split() if word in HUE_BANDS)
 
@@ -113,6 +117,17 @@ def fidelity(images: Images, pairs: Sequence[Pair]) -> NDArray[np.bool_]:
 
 CELL, GAP, LEFT, TOP, EDGE = 128, 10, 138, 66, 20
 INK, FAINT, LINE = "#1f2328", "#656d76", "#d0d7de"
+
+
+def font(size: int) -> ImageFont.FreeTypeFont:
+    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # it has a λ
+    return ImageFont.truetype(str(path), size)
+
+
+def tile(image: NDArray[np.float64]) -> Image.Image:
+    """A picture [H, W, 3] in 0..1, at the size of a cell."""
+    pixels = Image.fromarray((image * 255).round().astype(np.uint8))
+    return pixels.resize((CELL, CELL), Image.Resampling.BICUBIC)
 
 
 def draw_grid(
@@ -131,16 +146,14 @@ def draw_grid(
     height = TOP + len(rows) * (CELL + GAP) - GAP + EDGE
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    font = str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))  # it has a λ
-    strong, plain = ImageFont.truetype(font, 13), ImageFont.truetype(font, 11)
+    strong, plain = font(13), font(11)
     for x, (title, subtitle, images) in zip(starts, columns, strict=True):
         middle = x + CELL / 2
         draw.text((middle, TOP - 36), title, INK, strong, anchor="mm")
         draw.text((middle, TOP - 16), subtitle, FAINT, plain, anchor="mm")
         for row, image in enumerate(images):
             y = TOP + row * (CELL + GAP)
-            tile = Image.fromarray((image * 255).round().astype(np.uint8))
-            canvas.paste(tile.resize((CELL, CELL), Image.Resampling.BICUBIC), (x, y))
+            canvas.paste(tile(image), (x, y))
             draw.rectangle((x - 1, y - 1, x + CELL, y + CELL), outline=LINE)
     for row, prompt in enumerate(rows):
         middle = TOP + row * (CELL + GAP) + CELL / 2

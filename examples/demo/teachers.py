@@ -20,7 +20,18 @@ import numpy as np
 import torch
 import yaml
 from baselines import WORK, pictures, save, train
-from demo import DEMO, GUIDANCE, HERE, STEPS, Images, Pair, draw_grid, generate, open_pipeline
+from demo import (
+    DEMO,
+    GUIDANCE,
+    HERE,
+    STEPS,
+    Images,
+    Pair,
+    article,
+    draw_grid,
+    generate,
+    open_pipeline,
+)
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from objects import ObjectClassifier
@@ -39,7 +50,6 @@ from training_free import (
     SHARE,
     Words,
     against,
-    article,
     cross,
     likeness,
     means,

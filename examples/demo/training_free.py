@@ -26,6 +26,7 @@ from demo import (
     STEPS,
     Images,
     Pair,
+    article,
     draw_grid,
     generate,
     open_pipeline,
@@ -69,10 +70,6 @@ GRID_SCALES = (1.0, 2.0, 3.0, 4.0)
 
 Values = Mapping[str, NDArray[np.float64]]
 Spread = dict[str, float]
-
-
-def article(text: str) -> str:
-    return ("an " if text[0] in "aeiou" else "a ") + text
 
 
 # --- measures ------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Four ways to a label: its words in the prompt, a training-free adapter, text pairs, training.
 
-`report.py` calls this. One label at a time is positive in one picture and negative in another of
+For the report. One label at a time is positive in one picture and negative in another of
 the same prompt and noise; the effect is the difference in the label's own measure.
 """
 

@@ -19,6 +19,7 @@ sys.path[:0] = [str(DEMO), str(DEMO / "base")]
 
 demo: Any = import_module("demo")
 report: Any = import_module("report")
+cold_look: Any = import_module("cold_look")
 
 
 def test_labels_are_the_ones_that_are_drawn() -> None:
@@ -139,6 +140,21 @@ def test_report_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "bit for bit: yes" in (tmp_path / "README.md").read_text(encoding="utf-8")
     pictures = {path.name for path in tmp_path.glob("*.png")}
     assert pictures == {"grid.png", "labels.png", "strength.png", "attention.png"}
+
+
+def test_names_of_the_cold_look() -> None:
+    assert cold_look.right("an orange bell", "An orange, rounded bell") == (True, True)
+    assert cold_look.right("a blue cup", "a green mug") == (True, False)
+    assert cold_look.right("a green cherries", "two green cherries") == (True, True)
+    assert cold_look.right("a purple fish", "purple blob") == (False, True)
+    # Within other words nothing counts.
+    assert cold_look.right("a red car", "a reddish carrot") == (False, False)
+    assert cold_look.right("a yellow star", "yellow stars") == (True, True)
+    answers = {"1": "red car", "2": "red boat"}
+    made = ["a red car", "a blue boat", "a green hat"]
+    assert cold_look.count(answers, made) == {"objects": 2, "colours": 1, "both": 1}
+    prompts = cold_look.prompts()
+    assert len(set(prompts)) == len(prompts) == cold_look.COUNT
 
 
 def test_prompts_name_what_the_base_model_has_seen() -> None:

@@ -134,8 +134,9 @@ def train_base(
     *,
     batch: int = 64,
     seed: int = 0,
-    show: Callable[[Base, int], None] | None = None,
+    show: Callable[[Base, int], str | None] | None = None,
 ) -> Base:
+    """Train on latents [N,16,8,8] and token ids [N,32] of their captions; v-prediction."""
     torch.manual_seed(seed)
     signal, noise_level = _noise_levels(new_scheduler())
     empty = tokenize(tokenizer, [""])
@@ -157,14 +158,7 @@ def train_base(
         noisy = noisy.contiguous(memory_format=torch.channels_last)
         return F.mse_loss(base(noisy, times, ids), target)
 
-    def shown(average: nn.Module, step: int) -> None:
-        assert isinstance(average, Base)
-        if show is not None:
-            show(average, step)
-
-    trained = train(
+    return train(
         base.to(memory_format=torch.channels_last), loss, draw, checkpoint,
-        steps=steps, lr=1e-3, fall=0.5, decay=0.999, name="base model", show=shown,
+        steps=steps, lr=1e-3, fall=0.5, decay=0.999, name="base model", show=show,
     )  # fmt: skip
-    assert isinstance(trained, Base)
-    return trained

@@ -1,4 +1,6 @@
-"""Build the demo's base model from nothing: pictures, autoencoder, latents, base model, export.
+"""Build the demo's base model: pictures, autoencoder, latents, base model, export.
+
+From nothing, or with `--start` from the weights of an earlier model.
 
     python examples/demo/base/build.py --out comfy_nodes/demo/model
 

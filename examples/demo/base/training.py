@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ _SAVE_SECONDS = 120
 _WARM_STEPS = 200
 
 Batch = tuple[Tensor, ...]
+Module = TypeVar("Module", bound=nn.Module)
 Loss = Callable[..., Tensor]  # of the module and the tensors of a batch
 
 
@@ -53,7 +54,7 @@ class _Halves:
 
 
 def train(
-    module: nn.Module,
+    module: Module,
     loss: Loss,
     batch: Callable[[], Batch],
     checkpoint: Path,
@@ -63,9 +64,9 @@ def train(
     fall: float,
     decay: float,
     name: str,
-    show: Callable[[nn.Module, int], str | None] | None = None,
+    show: Callable[[Module, int], str | None] | None = None,
     show_steps: int = 500,
-) -> nn.Module:
+) -> Module:
     """Train for so many steps and return the running average of the weights.
 
     The learning rate is constant and falls to zero over the last `fall` of the steps. `batch` draws
@@ -118,7 +119,7 @@ def train(
     return average
 
 
-def averaged(module: nn.Module, checkpoint: Path) -> nn.Module:
+def averaged(module: Module, checkpoint: Path) -> Module:
     """The averaged weights of a finished or running training, in `module`."""
     module.load_state_dict(torch.load(checkpoint, weights_only=True)["average"])
     return module.eval().requires_grad_(False)

@@ -144,13 +144,11 @@ def train_vae(
         rows = torch.randint(len(pixels) - 64, (batch,))
         return to_input(pixels[rows]), torch.randn(batch, LATENT_CHANNELS, side, side)
 
-    trained = train(
+    return train(
         vae.to(memory_format=torch.channels_last), _train_loss, draw, checkpoint,
         steps=steps, lr=1e-3, fall=0.6, decay=0.995, name="autoencoder",
         show=lambda average, _: f"{psnr(average, held_out):.2f} dB", show_steps=200,
     )  # fmt: skip
-    assert isinstance(trained, AutoencoderKL)
-    return trained
 
 
 def encode(vae: AutoencoderKL, pixels: Tensor, batch: int = 64) -> Tensor:
