@@ -26,6 +26,9 @@ PAIRS = {"vibrant color": "red", "sharp focus": {"positive": "sharp", "negative"
 SCALES = {"vibrant color": (1.5, 0.0), "sharp focus": (2.0, -1.0)}
 CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
 """Sums of f32 predictions of size 1, in another order."""
+SAMPLED: dict[str, float] = {"rtol": 1e-4, "atol": 2e-4}
+"""Samples from batches of another size: guidance 7.5 and the division by √ᾱ in the first step
+magnify the rounding of a prediction some 200 times; samples of other noise are 1 apart."""
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +190,7 @@ def test_more_pictures_join_those_that_are_there(base: Path, folder: Path, tmp_p
     assert len(whole) == 7 * len(PROMPTS)
     assert all(torch.equal(grown[key], before[key]) for key in before)
     for key, picture in whole.items():
-        torch.testing.assert_close(grown[key], picture, **CLOSE)
+        torch.testing.assert_close(grown[key], picture, **SAMPLED)
 
 
 def test_what_the_base_predicts_makes_other_pictures(
