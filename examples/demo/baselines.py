@@ -406,6 +406,9 @@ bootstrap intervals over prompts. Measures are those of [the demo's page](../REA
 is whether the main hue is the prompt's colour. There is no FID, CLIP or Aes score here: their
 networks know photographs, not 64 px emoji.
 
+These numbers are of the demo's first base, from before captions named looks and edges were kept.
+[The demo's page](../README.md) shows the second one.
+
 | row | what it is | trained on |
 | --- | --- | --- |
 | base | the demo's model | 36,000 drawings, every look by coin flips |

@@ -99,6 +99,10 @@ def every(adapter: Adapter) -> dict[str, float]:
     return {label.name: 1.0 for label in adapter.labels}
 
 
+def but(adapter: Adapter, name: str) -> dict[str, float]:
+    return {label.name: float(label.name != name) for label in adapter.labels}
+
+
 def article(text: str) -> str:
     return ("an " if text[0] in "aeiou" else "a ") + text
 
@@ -162,14 +166,14 @@ def draw_grid(
 
 
 def grid(pipe: Any, adapter: Adapter, seed: int, bar: Any = None) -> Image.Image:
-    pairs = [(prompt, seed) for prompt in PROMPTS]
+    pairs = [(prompt, seed + row) for row, prompt in enumerate(PROMPTS)]
     columns = [("base model", "without VMix", generate(pipe, pairs, bar))]
     for scale in (0.5, 1.0):
         images = with_vmix(pipe, adapter, pairs, every(adapter), scale, bar)
         columns.append(("all positive", f"λ = {scale:g}", images))
     for label in adapter.labels:
-        images = with_vmix(pipe, adapter, pairs, only(adapter, label.name), bar=bar)
-        columns.append((f"+ {label.dimension}", label.name, images))
+        images = with_vmix(pipe, adapter, pairs, but(adapter, label.name), bar=bar)
+        columns.append((f"− {label.dimension}", label.name, images))
     images = with_vmix(pipe, adapter, pairs, only(adapter, None), bar=bar)
     columns.append(("all negative", "λ = 1", images))
     groups = [("base", 1), ("all", 2), ("single", len(adapter.labels)), ("none", 1)]
@@ -199,7 +203,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=DEMO / "model")
     parser.add_argument("--adapter", type=Path, default=DEMO / "adapter.safetensors")
     parser.add_argument("--out", type=Path, default=Path("out/demo"))
-    parser.add_argument("--seed", type=int, default=0, help="Of the grid.")
+    parser.add_argument("--seed", type=int, default=0, help="Of the grid's first row.")
     parser.add_argument("--grid-only", action="store_true")
     args = parser.parse_args()
 

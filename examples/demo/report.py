@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import cold_look
 import numpy as np
 import torch
+import ways
 from demo import (
     BATCH,
     DEMO,
@@ -54,6 +56,8 @@ PROMPTS = (
     *("a pink pig", "a pink rose", "a pink shoe", "a pink house"),
 )
 SEEDS = (9001, 9002)
+TRAINED_ON = 2400
+OUT = HERE.parents[1] / "docs" / "demo"
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 LAPLACIAN = "Laplacian variance"
 COLOUR, OBJECT = FIDELITY = ("colour as prompted", "object as prompted")
@@ -247,14 +251,16 @@ def measure(args: argparse.Namespace, pipe: Any, adapter: Adapter) -> tuple[dict
     objects = ObjectClassifier.fit(args.cache)
     real = real_pictures(adapter, args.cache, objects)
 
-    def judged(images: Images) -> Values:
+    def judged(images: Images) -> Values:  # of all pairs or of the first ones
         colours, concepts = (
-            [part(prompt) for prompt, _ in pairs] for part in (colour_of, concept_of)
+            [part(prompt) for prompt, _ in pairs[: len(images)]] for part in (colour_of, concept_of)
         )
         return measured(images, colours, concepts, objects)
 
-    sets = len(SCALES) + 3 * (len(names) + 2) - 2 + 3
-    with tqdm(total=sets * len(pairs) + 5 * len(maps), desc="pictures", unit="") as bar:
+    some = [(prompt, SEEDS[0]) for prompt in PROMPTS][: args.pairs]  # that the ways are tried on
+    sources = ways.adapters(args.model, adapter, args.ablation / "pairs.safetensors")
+    total = (len(SCALES) + 3 * (len(names) + 2) - 2 + 3) * len(pairs) + 5 * len(maps)
+    with tqdm(total=total + ways.count(some), desc="pictures", unit="") as bar:
 
         def made(
             selection: Any, scale: float = 1.0, source: Adapter = adapter, **more: Any
@@ -264,12 +270,12 @@ def measure(args: argparse.Namespace, pipe: Any, adapter: Adapter) -> tuple[dict
         # λ, and the check that λ = 0 and removal are the base model, bit for bit.
         bare = generate(pipe, pairs, bar)
         base = judged(bare)
-        some = pairs[:BATCH]  # the same batch: another size rounds otherwise
+        batch = pairs[:BATCH]  # the same batch: another size rounds otherwise
         load_vmix(pipe, adapter, every(adapter), 1.0)
         set_vmix_scale(pipe, 0.0)
-        zero = generate(pipe, some)
+        zero = generate(pipe, batch)
         unload_vmix(pipe)
-        identical = [bool((bare[: len(some)] == i).all()) for i in (zero, generate(pipe, some))]
+        identical = [bool((bare[: len(batch)] == i).all()) for i in (zero, generate(pipe, batch))]
         strength = {0.0: base}
         strength |= {scale: made(every(adapter), scale) for scale in SCALES if scale}
 
@@ -307,6 +313,8 @@ def measure(args: argparse.Namespace, pipe: Any, adapter: Adapter) -> tuple[dict
         pipe.unload_lora_weights()
         ablation["the demo's adapter (trained without LoRA)"] = strength[1.0]
         maps_moved, shown = attention(pipe, adapter, maps, bar)
+        own = dict(zip(names, MEASURES, strict=True))
+        tried = ways.measure(pipe, sources, some, judged, own, FIDELITY, interval, bar)
 
     def distance(values: Values) -> float:
         """From real all-positive pictures: root mean square over measures, in their SDs."""
@@ -350,6 +358,7 @@ def measure(args: argparse.Namespace, pipe: Any, adapter: Adapter) -> tuple[dict
             row: {"levels": levels(values), "distance": distance(values)}
             for row, values in ablation.items()
         },
+        "ways": tried,
     }  # fmt: skip
     return result, shown
 
@@ -450,33 +459,114 @@ SIGNS = ("positive", "negative")
 
 # What the numbers of the committed report.json say; to be read again when they change.
 NOTES = {
+    "model": """\
+A `StableDiffusionPipeline` in miniature, 11 MB in f16: an autoencoder (64×64 px to 8×8×16 latents,
+0.9 M parameters), CLIP's tokenizer and text encoder with 1,457 tokens (0.4 M), and a U-Net with
+cross-attention at two resolutions (4.3 M, v-prediction).
+
+**Trained on** 48,000 drawings of 66 things as three vendors draw them: Twemoji (CC BY 4.0), Noto
+Emoji (Apache 2.0) and Fluent Emoji 3D (MIT), [credits](../../comfy_nodes/demo/model/CREDITS.md).
+Hues are turned, so that most things come in eleven colours. Each of the four looks is the positive
+one in seven drawings of ten; a quarter of the captions name some of the looks (`a red apple,
+blurry`), the others say nothing, like most of a web corpus. No photograph was used, and no weights
+of another model.
+
+**For** 71 minutes the autoencoder and 200 minutes text encoder and U-Net, on two CPU cores, from
+random initialisation, in two rounds ([how](../../examples/demo/base/README.md)). The autoencoder
+gives new drawings back at 33.5 dB: colour, edges and small parts are kept.
+
+**It can draw** one of the 66 things in one of the colours, and looks that are named. **It cannot
+draw** two things, a scene, people, writing, a number of things, or any word that no caption had. A
+colour that contradicts all drawings of a thing (a yellow penguin, a yellow hat) may be met in a
+part of it only; wheels, eyes and thin parts are approximate; edges are soft still.""",
+    "cold look": """\
+The floor was 16 of 24, both right. The viewers are vision-language models, each asked in other
+words and without a list of things to choose from. Answers are counted by a rule that was written
+before: a thing may go by the other names that cold_look.py lists, among which *teacup* is not. All
+three missed the hat's colour, the pineapple, which came out as a strawberry, and the bus, which has
+become a truck.""",
     "labels": """\
-Three of four labels do what they say. **Sharp focus does nothing**: the base has hardly any
-sharpness to choose from. Its own pictures measure 0.125, drawn
-all-negative ones 0.104 and drawn all-positive ones 0.457: what a U-Net of this size leaves out
-first is edges, whatever the label asks for. Labels are not independent of each other either:
-lighting and above all composition also make the object easier to recognise, and lighting moves it
-towards the centre, because all-negative pictures are so far gone (see the unconditional pass).""",
+All four labels do what they say. Color, lighting and composition come to nine tenths of the drawn
+look or more, **sharp focus** to a quarter: the pictures here are dark and small but for one label,
+and edges are what a U-Net of this size leaves out first. Beside positive labels it does not get
+further either (+0.108, next section), but can be seen in the picture at the top. Labels are not
+independent of each other: composition makes the object easier to recognise, since all-negative
+pictures are so far gone, and lighting costs 0.06 of sharpness.""",
+    "ways": """\
+- **Colour** follows all four ways. Training-free moves it most, and from λ = 1.5 on objects are
+  lost.
+- **Light** follows words, text pairs and pictures. Training-free has it the wrong way, by a little.
+- **Focus** follows the adapter trained on pictures alone: +0.11 at λ = 1, +0.17 at 2. The words do
+  next to nothing in the prompt itself, so that what is made of words cannot do more: some captions
+  with looks have not taught this base what *sharp* means, and labelled pictures have.
+- **Composition** follows words, text pairs and pictures at λ = 1; text pairs lose it beyond, and
+  training-free has hardly any.
+- Guidance 7.5 changes little in this, but objects and colours of the prompt suffer more from λ =
+  1.5 on, with text pairs most.
+
+Fidelity is the mean over positive and negative sides of all labels, and small objects in a corner
+are hard to recognise: the words themselves cost 0.05. The dotted line, as in the table above, is
+the drawn look while the other looks are negative; large bright things have more colour to lose.""",
     "strength": """\
-Most of the effect is there at λ = 0.25, and beyond 1 there is little left to gain. Fidelity stays
-within its interval of the base's up to λ = 1.25 and is somewhat lower beyond. The base centres
-these prompts by itself, so that all-positive changes little there.""",
+Of these prompts the base makes pictures that are nearly all-positive by itself, in colour, light
+and place. What all labels together add is sharpness, 0.288 to 0.308 at λ = 1, and nothing more
+beyond. Colour and object are as prompted as often as without VMix up to λ = 1, and in one picture
+of 64 less beyond.""",
     "attention": """\
-At λ = 1 the maps correlate at 0.96 with the base's, although the pictures differ clearly; they
-are not equal because later layers and steps see what earlier ones have changed. The same f_a
-added to the text's features, which the paper rejects, takes the maps apart (0.57), for not
-much more change of the picture than VMix makes at λ = 2, where they still correlate at 0.93.""",
+At λ = 1 the maps correlate at 0.96 with the base's; they are not equal because later layers and
+steps see what earlier ones have changed. Pictures change little too, being nearly all-positive
+without VMix. The same f_a added to the text's features, which the paper rejects, takes the maps
+apart (0.52); VMix at λ = 2 changes pictures more than half as much and leaves maps at 0.93.""",
     "unconditional": """\
-The default is `cond`: with all labels positive it keeps colour and object as well as the others,
-within the intervals, and lighting and composition follow it most. The price is at the other end:
-all-negative pictures keep the object in under half of the cases, against three fifths with `both`
-and `contrast`, and `contrast` moves colour most. Who uses negative labels for their own sake is
-better served by an adapter trained with `--apply_to both`.""",
+The default is `cond`: lighting and composition follow it most, and with all labels positive it
+keeps the object. `both` moves every label less and sharpness hardly. `contrast` moves colour twice
+as far as the drawings do, takes all-positive pictures away from drawn ones (1.18 against 0.76) and
+loses a few objects. All-negative pictures keep the object in two fifths of the cases, whichever is
+used.""",
     "ablation": """\
-The LoRA alone, having no labels, goes nowhere: it learns the mixture that the base knows already.
-The adapter alone does the work; trained beside a LoRA it is a little milder, and the LoRA adds a
-little to it at inference. Distance is dominated by sharpness, in which all rows fail alike.""",
+The base is near drawn all-positive pictures before anything is added, and what separates all rows
+from them is mostly sharpness. The LoRA alone, having no labels, learns the mixture and moves away.
+The adapter of the joint training comes nearest, without its LoRA. These distances have no
+intervals: small differences mean little.""",
 }
+
+
+def cold(folder: Path) -> str:
+    """What viewers made of the sheet that cold_look.py draws."""
+    key = json.loads((folder / "key.json").read_text(encoding="utf-8"))["prompts"]
+    looks = json.loads((folder / "looks.json").read_text(encoding="utf-8"))
+    counts = [cold_look.count(look["answers"], key) for look in looks]
+    lines = [
+        [f"{index}: {look['viewer']}", *(f"{count[part]} of {len(key)}" for part in count)]
+        for index, (look, count) in enumerate(zip(looks, counts, strict=True), 1)
+    ]
+    asked = [
+        [f"{number}", prompt, *(look["answers"].get(f"{number}", "—") for look in looks)]
+        for number, prompt in enumerate(key, 1)
+    ]
+    header = ["", "prompt", *(f"viewer {index + 1}" for index in range(len(looks)))]
+    return f"""{rows(["viewer", *counts[0]], lines)}
+
+<details><summary>All prompts and answers</summary>
+
+{rows(header, asked)}
+
+</details>"""
+
+
+def four_ways(result: Mapping[str, Any], own: Mapping[str, str]) -> str:
+    """A table for each guidance: every way and λ, each label's effect, the prompt's fidelity."""
+    tables = []
+    for guidance, part in result.items():
+        lines = [
+            [way, "" if way == ways.PROMPT else scale, *(cell(row[n]) for n in (*own, *FIDELITY))]
+            for way, by_scale in part["ways"].items()
+            for scale, row in by_scale.items()
+        ]
+        found = ", ".join(f"{n} {part['base'][n]['mean']:.3f}" for n in FIDELITY)
+        header = ["", "λ", *(f"{n} ({m})" for n, m in own.items()), *FIDELITY]
+        tables.append(f"Guidance {guidance}; the base itself: {found}.\n\n{rows(header, lines)}")
+    return "\n\n".join(tables)
 
 
 def verdict(own: Mapping[str, float], real: Mapping[str, float]) -> str:
@@ -486,8 +576,8 @@ def verdict(own: Mapping[str, float], real: Mapping[str, float]) -> str:
     return f"{share:.0%}" if share > 0 else f"{share:.0%}, the wrong way"
 
 
-def text(r: Mapping[str, Any]) -> str:
-    """docs/demo/README.md from the numbers."""
+def text(r: Mapping[str, Any], looks: Path = OUT / "cold-look") -> str:
+    """docs/demo/README.md from the numbers, and from what viewers answered."""
     settings, real, labels = r["settings"], r["real"], r["labels"]
     objects = real["object ceiling"]
     own = dict(zip(labels, MEASURES, strict=True))  # the measure that is about the label
@@ -532,7 +622,7 @@ def text(r: Mapping[str, Any]) -> str:
     ]
     ablation_rows.append(["drawn, all positive", *column(real["all positive"]), "0"])
     zero = "yes" if all(r["identical"].values()) else f"NO: {r['identical']}"
-    return f"""# What the demo's adapter does
+    return f"""# The demo: a small model, and what the adapter does to it
 
 Written by `make demo-report` from [report.json](report.json): {settings["pairs"]} prompt-seed
 pairs that nothing was tuned on, {settings["steps"]} DDIM steps, guidance {settings["guidance"]:g},
@@ -542,7 +632,24 @@ method and this implementation work, not how a real photograph would improve. Mo
 [other methods, and another base](comparison/README.md);
 [adapters from words and from LoRAs](objectives/README.md).
 
-![Eight prompts without VMix, with all labels positive, single labels, and all negative](grid.png)
+![Eight prompts without VMix, all labels positive, one of them negative, all negative](grid.png)
+
+## The model
+
+{NOTES["model"]}
+
+## A cold look
+
+24 prompts, drawn by a seed from all things and hues and pictured without being chosen
+([cold_look.py](../../examples/demo/cold_look.py)). Viewers saw this sheet and nothing else:
+
+![24 numbered pictures](cold-look/sheet.png)
+
+{cold(looks)}
+
+{NOTES["cold look"]}
+
+## Measures
 
 Measures ([vmix.measures](../../python/vmix/measures.py)): colourfulness after Hasler and Süsstrunk;
 brightness, the mean luma; sharpness, the deviation of the Laplacian over that of luma; off-centre,
@@ -570,6 +677,22 @@ All measures, VMix and in brackets the drawn look:
 {rows(["label", *COLUMNS], side_rows)}
 
 {NOTES["labels"]}
+
+## Four ways to a label
+
+One label positive against negative, same prompt and noise, {len(r["settings"]["prompts"])} prompts.
+Words in the prompt: `a red book, vivid` against `a red book, dull`
+([words.yaml](../../examples/demo/words.yaml)). Training-free: `vmix init --training-free` from the
+same words. Text pairs: `vmix train --objective text-pairs`, the base with these words as its
+teacher. Trained: the demo's adapter, from {TRAINED_ON} pictures with labels; the other labels are
+positive there, elsewhere where they change nothing. The last columns are the prompt's fidelity,
+mean of both sides, against the base with the same noise and guidance.
+
+{four_ways(r["ways"], own)}
+
+![Effect on each label's own measure against λ, by way and guidance](ways.png)
+
+{NOTES["ways"]}
 
 ## Strength
 
@@ -625,7 +748,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=DEMO / "adapter.safetensors")
     parser.add_argument("--ablation", type=Path, default=HERE / "ablation")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache" / "vmix-demo")
-    parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "demo")
+    parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--pairs", type=int, help="Fewer prompt-seed pairs, for a quick look.")
     parser.add_argument("--text-only", action="store_true", help="Rewrite README from report.json.")
     args = parser.parse_args()
@@ -641,6 +764,9 @@ def main() -> None:
     result = json.loads(data.read_text(encoding="utf-8"))
     plot_labels(result, args.out / "labels.png")
     plot_strength(result, args.out / "strength.png")
+    labels = zip(result["labels"], MEASURES, strict=True)
+    drawn = {name: result["real"]["labels"][name][measure]["mean"] for name, measure in labels}
+    ways.plot(result["ways"], drawn, args.out / "ways.png")
     (args.out / "README.md").write_text(text(result), encoding="utf-8")
 
 

@@ -561,6 +561,9 @@ guidance {words["settings"]["guidance"]:g}) and writes this page from [report.js
 Square brackets are 95 % bootstrap intervals over objects or prompts. What the objectives are is in
 [docs/training.md](../../training.md).
 
+These numbers are of the demo's first base, from before captions named looks and edges were kept.
+[The demo's page](../README.md) shows the second one.
+
 ## Text pairs
 
 `--objective text-pairs`: the teacher is the base with the label's word in the prompt, the student

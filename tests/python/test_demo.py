@@ -14,7 +14,8 @@ import pytest
 import torch
 from vmix import read_label_list
 
-DEMO = Path(__file__).parents[2] / "examples" / "demo"
+ROOT = Path(__file__).parents[2]
+DEMO = ROOT / "examples" / "demo"
 sys.path[:0] = [str(DEMO), str(DEMO / "base")]
 
 demo: Any = import_module("demo")
@@ -41,6 +42,7 @@ def test_selections() -> None:
     adapter = SimpleNamespace(labels=[SimpleNamespace(name="a"), SimpleNamespace(name="b")])
     assert demo.only(adapter, "b") == {"a": 0, "b": 1}
     assert demo.only(adapter, None) == {"a": 0, "b": 0}
+    assert demo.but(adapter, "b") == {"a": 1, "b": 0}
     assert demo.every(adapter) == {"a": 1, "b": 1}
 
 
@@ -130,6 +132,7 @@ def test_report_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (demo, report):
         monkeypatch.setattr(module, "STEPS", 2)
     monkeypatch.setattr(report, "SCALES", (0.0, 1.0))
+    monkeypatch.setattr(report.ways, "SCALES", (0.5, 1.0))
     monkeypatch.setattr(import_module("objects"), "EPOCHS", 1)
     monkeypatch.setattr(sys, "argv", ["report.py", "--pairs=2", f"--out={tmp_path}"])
     report.main()
@@ -139,7 +142,28 @@ def test_report_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(found["labels"]) == [label.name for label in labels]
     assert "bit for bit: yes" in (tmp_path / "README.md").read_text(encoding="utf-8")
     pictures = {path.name for path in tmp_path.glob("*.png")}
-    assert pictures == {"grid.png", "labels.png", "strength.png", "attention.png"}
+    assert pictures == {
+        "grid.png", "labels.png", "strength.png", "attention.png", "ways.png",
+    }  # fmt: skip
+
+
+def test_docs_are_what_the_report_says() -> None:
+    docs = ROOT / "docs" / "demo"
+    result = json.loads((docs / "report.json").read_text(encoding="utf-8"))
+    written = report.text(result)
+    assert (docs / "README.md").read_text(encoding="utf-8") == written
+    for name in ("grid", "labels", "ways", "strength", "attention", "cold-look/sheet"):
+        assert (docs / f"{name}.png").is_file()
+        assert f"({name}.png)" in written
+
+
+def test_cold_look_passes_its_floor() -> None:
+    made = cold_look.prompts()
+    key = json.loads((cold_look.OUT / "key.json").read_text(encoding="utf-8"))
+    assert key["prompts"] == made
+    looks = json.loads((cold_look.OUT / "looks.json").read_text(encoding="utf-8"))
+    for look in looks:  # the floor that the model was made for
+        assert cold_look.count(look["answers"], made)["both"] >= 16
 
 
 def test_names_of_the_cold_look() -> None:
