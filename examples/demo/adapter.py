@@ -19,7 +19,8 @@ from vmix.measures import HUE_BANDS
 
 CACHE = Path.home() / ".cache" / "vmix-demo"
 
-DATA = ["--count=2400", "--seed=1"]
+COUNT = 2400  # drawings
+DATA = [f"--count={COUNT}", "--seed=1"]
 COMMON = [
     "--lr_scheduler=cosine",
     "--lr_warmup_steps=20",

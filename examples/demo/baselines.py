@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from adapter import COUNT
 from demo import (
     DEMO,
     GUIDANCE,
@@ -68,7 +69,6 @@ sys.path.insert(0, str(HERE / "base"))
 from data import DEFAULT_CACHE, PACKAGES, Sample, draw, load_sources, one_thread
 
 WORK = DEFAULT_CACHE / "studies"
-COUNT = 2400  # pictures of every set, as many as the adapter was trained on
 GUIDANCES = (GUIDANCE, 7.5)
 EMBEDDING = HERE / "ablation" / "curated-embedding.safetensors"
 HUE = "hue match"

@@ -19,6 +19,7 @@ import cold_look
 import numpy as np
 import torch
 import ways
+from adapter import COUNT
 from demo import (
     BATCH,
     DEMO,
@@ -56,8 +57,7 @@ PROMPTS = (
     *("a pink pig", "a pink rose", "a pink shoe", "a pink house"),
 )
 SEEDS = (9001, 9002)
-TRAINED_ON = 2400
-OUT = HERE.parents[1] / "docs" / "demo"
+OUT = cold_look.OUT.parent
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 LAPLACIAN = "Laplacian variance"
 COLOUR, OBJECT = FIDELITY = ("colour as prompted", "object as prompted")
@@ -460,58 +460,62 @@ SIGNS = ("positive", "negative")
 # What the numbers of the committed report.json say; to be read again when they change.
 NOTES = {
     "model": """\
-A `StableDiffusionPipeline` in miniature, 11 MB in f16: an autoencoder (64×64 px to 8×8×16 latents,
-0.9 M parameters), CLIP's tokenizer and text encoder with 1,457 tokens (0.4 M), and a U-Net with
-cross-attention at two resolutions (4.3 M, v-prediction).
+A `StableDiffusionPipeline` in miniature, 11 MB in f16: an autoencoder (64×64 px to 8×8×16
+latents, 0.9 M parameters), CLIP's tokenizer and text encoder with 1,457 tokens (0.4 M), and a
+U-Net with cross-attention at two resolutions (4.3 M, v-prediction).
 
-**Trained on** 48,000 drawings of 66 things as three vendors draw them: Twemoji (CC BY 4.0), Noto
-Emoji (Apache 2.0) and Fluent Emoji 3D (MIT), [credits](../../comfy_nodes/demo/model/CREDITS.md).
-Hues are turned, so that most things come in eleven colours. Each of the four looks is the positive
-one in seven drawings of ten; a quarter of the captions name some of the looks (`a red apple,
-blurry`), the others say nothing, like most of a web corpus. No photograph was used, and no weights
-of another model.
+**Trained on** 48,000 drawings of 66 things as three vendors draw them: Twemoji (CC BY 4.0),
+Noto Emoji (Apache 2.0) and Fluent Emoji 3D (MIT),
+[credits](../../comfy_nodes/demo/model/CREDITS.md). Hues are turned to seven colours; brown,
+black, gray and white are those that drawings have. Each of the four looks is the positive one
+in seven drawings of ten; a quarter of the captions name some of the looks (`a red apple,
+blurry`), the others say nothing, like most of a web corpus. No photograph was used, and no
+weights of another model.
 
-**For** 71 minutes the autoencoder and 200 minutes text encoder and U-Net, on two CPU cores, from
-random initialisation, in two rounds ([how](../../examples/demo/base/README.md)). The autoencoder
-gives new drawings back at 33.5 dB: colour, edges and small parts are kept.
+**For** 71 minutes the autoencoder and 200 minutes text encoder and U-Net, on two CPU cores,
+from random initialisation, in two rounds ([how](../../examples/demo/base/README.md)). The
+autoencoder gives new drawings back at 33.5 dB: colour, edges and small parts are kept.
 
-**It can draw** one of the 66 things in one of the colours, and looks that are named. **It cannot
-draw** two things, a scene, people, writing, a number of things, or any word that no caption had. A
-colour that contradicts all drawings of a thing (a yellow penguin, a yellow hat) may be met in a
-part of it only; wheels, eyes and thin parts are approximate; edges are soft still.""",
+**It can draw** one of the 66 things in one of the colours, and looks that are named, except
+that *sharp* and *blurry* do next to nothing. **It cannot draw** two things, a scene, people,
+writing, a number of things, or any word that no caption had. A colour that contradicts all
+drawings of a thing (a yellow penguin, a yellow hat) may be met in a part of it only; wheels,
+eyes and thin parts are approximate; edges are soft still.""",
     "cold look": """\
 The floor was 16 of 24, both right. The viewers are vision-language models, each asked in other
-words and without a list of things to choose from. Answers are counted by a rule that was written
-before: a thing may go by the other names that cold_look.py lists, among which *teacup* is not. All
-three missed the hat's colour, the pineapple, which came out as a strawberry, and the bus, which has
-become a truck.""",
+words and without a list of things to choose from. Answers are counted by a rule that was
+written before: a thing may go by the other names that cold_look.py lists, among which *teacup*
+is not. All three missed the hat's colour, the pineapple, which came out as a strawberry, and
+the bus, which has become a truck.""",
     "labels": """\
-All four labels do what they say. Color, lighting and composition come to nine tenths of the drawn
-look or more, **sharp focus** to a quarter: the pictures here are dark and small but for one label,
-and edges are what a U-Net of this size leaves out first. Beside positive labels it does not get
-further either (+0.108, next section), but can be seen in the picture at the top. Labels are not
-independent of each other: composition makes the object easier to recognise, since all-negative
-pictures are so far gone, and lighting costs 0.06 of sharpness.""",
+All four labels do what they say. Color, lighting and composition come to nine tenths of the
+drawn look or more, **sharp focus** to a quarter: the pictures here are dark and small but for
+one label, and edges are what a U-Net of this size leaves out first. Beside positive labels it
+does not get further either (+0.108, next section), but can be seen in the picture at the top.
+Labels are not independent of each other: composition makes the object easier to recognise,
+since all-negative pictures are so far gone, and lighting costs 0.06 of sharpness.""",
     "ways": """\
-- **Colour** follows all four ways. Training-free moves it most, and from λ = 1.5 on objects are
-  lost.
-- **Light** follows words, text pairs and pictures. Training-free has it the wrong way, by a little.
-- **Focus** follows the adapter trained on pictures alone: +0.11 at λ = 1, +0.17 at 2. The words do
-  next to nothing in the prompt itself, so that what is made of words cannot do more: some captions
-  with looks have not taught this base what *sharp* means, and labelled pictures have.
-- **Composition** follows words, text pairs and pictures at λ = 1; text pairs lose it beyond, and
-  training-free has hardly any.
-- Guidance 7.5 changes little in this, but objects and colours of the prompt suffer more from λ =
-  1.5 on, with text pairs most.
+- **Colour** follows all four ways, text pairs and training-free furthest.
+- **Light** follows words, text pairs and pictures. Training-free has it the wrong way, by a
+  little.
+- **Focus** follows the adapter trained on pictures alone: +0.11 at λ = 1, +0.17 at 2. The words
+  do next to nothing in the prompt itself, and what is made of them does little more (+0.02 at
+  most): some captions with looks have not taught this base what *sharp* means, and labelled
+  pictures have.
+- **Composition** follows words, text pairs and pictures at λ = 1; text pairs lose some of it
+  beyond. Training-free has little.
+- At guidance 7.5 effects are much the same. The prompt's colour suffers more from λ = 1.5 on,
+  and at 2 text pairs lose more objects.
 
-Fidelity is the mean over positive and negative sides of all labels, and small objects in a corner
-are hard to recognise: the words themselves cost 0.05. The dotted line, as in the table above, is
-the drawn look while the other looks are negative; large bright things have more colour to lose.""",
+Fidelity is the mean over positive and negative sides of all labels, and small objects in a
+corner are hard to recognise: the words themselves cost 0.05. The dotted line, as in the table
+above, is the drawn look while the other looks are negative. Colour has more to act on where
+they are positive, as here: for the trained label +0.278 against +0.069.""",
     "strength": """\
-Of these prompts the base makes pictures that are nearly all-positive by itself, in colour, light
-and place. What all labels together add is sharpness, 0.288 to 0.308 at λ = 1, and nothing more
-beyond. Colour and object are as prompted as often as without VMix up to λ = 1, and in one picture
-of 64 less beyond.""",
+Of these prompts the base makes pictures that are nearly all-positive by itself, in colour,
+light and place. What all labels together add is sharpness, 0.288 to 0.308 at λ = 1, and nothing
+more beyond. Colour and object are as prompted as often as without VMix up to λ = 1, and in at
+most one picture of 64 less beyond.""",
     "attention": """\
 At λ = 1 the maps correlate at 0.96 with the base's; they are not equal because later layers and
 steps see what earlier ones have changed. Pictures change little too, being nearly all-positive
@@ -519,22 +523,22 @@ without VMix. The same f_a added to the text's features, which the paper rejects
 apart (0.52); VMix at λ = 2 changes pictures more than half as much and leaves maps at 0.93.""",
     "unconditional": """\
 The default is `cond`: lighting and composition follow it most, and with all labels positive it
-keeps the object. `both` moves every label less and sharpness hardly. `contrast` moves colour twice
-as far as the drawings do, takes all-positive pictures away from drawn ones (1.18 against 0.76) and
-loses a few objects. All-negative pictures keep the object in two fifths of the cases, whichever is
-used.""",
+keeps the object. `both` moves every label less and sharpness hardly. `contrast` moves colour
+twice as far as the drawings do, takes all-positive pictures away from drawn ones (1.18 against
+0.76) and loses a few objects. All-negative pictures keep the object in two fifths of the cases,
+whichever is used.""",
     "ablation": """\
-The base is near drawn all-positive pictures before anything is added, and what separates all rows
-from them is mostly sharpness. The LoRA alone, having no labels, learns the mixture and moves away.
-The adapter of the joint training comes nearest, without its LoRA. These distances have no
-intervals: small differences mean little.""",
+The base is near drawn all-positive pictures before anything is added, and what separates all
+rows from them is mostly sharpness. The LoRA alone, having no labels, learns the mixture and
+moves away. The adapter of the joint training comes nearest, without its LoRA. These distances
+have no intervals: small differences mean little.""",
 }
 
 
-def cold(folder: Path) -> str:
+def cold() -> str:
     """What viewers made of the sheet that cold_look.py draws."""
-    key = json.loads((folder / "key.json").read_text(encoding="utf-8"))["prompts"]
-    looks = json.loads((folder / "looks.json").read_text(encoding="utf-8"))
+    key = json.loads((cold_look.OUT / "key.json").read_text(encoding="utf-8"))["prompts"]
+    looks = json.loads((cold_look.OUT / "looks.json").read_text(encoding="utf-8"))
     counts = [cold_look.count(look["answers"], key) for look in looks]
     lines = [
         [f"{index}: {look['viewer']}", *(f"{count[part]} of {len(key)}" for part in count)]
@@ -576,7 +580,7 @@ def verdict(own: Mapping[str, float], real: Mapping[str, float]) -> str:
     return f"{share:.0%}" if share > 0 else f"{share:.0%}, the wrong way"
 
 
-def text(r: Mapping[str, Any], looks: Path = OUT / "cold-look") -> str:
+def text(r: Mapping[str, Any]) -> str:
     """docs/demo/README.md from the numbers, and from what viewers answered."""
     settings, real, labels = r["settings"], r["real"], r["labels"]
     objects = real["object ceiling"]
@@ -645,7 +649,7 @@ method and this implementation work, not how a real photograph would improve. Mo
 
 ![24 numbered pictures](cold-look/sheet.png)
 
-{cold(looks)}
+{cold()}
 
 {NOTES["cold look"]}
 
@@ -684,7 +688,7 @@ One label positive against negative, same prompt and noise, {len(r["settings"]["
 Words in the prompt: `a red book, vivid` against `a red book, dull`
 ([words.yaml](../../examples/demo/words.yaml)). Training-free: `vmix init --training-free` from the
 same words. Text pairs: `vmix train --objective text-pairs`, the base with these words as its
-teacher. Trained: the demo's adapter, from {TRAINED_ON} pictures with labels; the other labels are
+teacher. Trained: the demo's adapter, from {COUNT:,} pictures with labels; the other labels are
 positive there, elsewhere where they change nothing. The last columns are the prompt's fidelity,
 mean of both sides, against the base with the same noise and guidance.
 

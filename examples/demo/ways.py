@@ -69,7 +69,7 @@ def pictures(
 
 def count(pairs: Sequence[Pair]) -> int:
     """How many pictures `measure` makes."""
-    each = 1 + 2 * len(WORDS) * (1 + 3 * len(SCALES))
+    each = 1 + 2 * len(WORDS) * (1 + (len(INKS) - 1) * len(SCALES))
     return each * len(GUIDANCES) * len(pairs)
 
 

@@ -46,6 +46,24 @@ def test_selections() -> None:
     assert demo.every(adapter) == {"a": 1, "b": 1}
 
 
+def test_sides_of_a_label_by_way() -> None:
+    ways = report.ways
+    labels = [SimpleNamespace(name="a", neutral=0.5), SimpleNamespace(name="b", neutral=None)]
+    adapter = SimpleNamespace(labels=labels)
+    assert ways.sides(ways.TRAINED, adapter, "b") == ({"a": 1, "b": 1}, {"a": 1, "b": 0})
+    assert ways.sides(ways.PAIRS, adapter, "b") == ({"a": 0.5, "b": 1}, {"a": 0.5, "b": 0})
+    assert ways.sides(ways.FREE, adapter, "a") == ({"a": 1, "b": 0}, {"a": -1, "b": 0})
+
+
+def test_words_are_those_of_captions() -> None:
+    from transforms import LOOK_WORDS
+
+    words = report.ways.WORDS
+    assert list(words) == list(LOOK_WORDS)
+    for name, pair in words.items():
+        assert all(pair[end] in part for end, part in zip(pair, LOOK_WORDS[name], strict=True))
+
+
 def test_fidelity() -> None:
     images = np.ones((2, 16, 16, 3))
     images[:, 4:10, 4:10] = (0.8, 0.1, 0.1)
@@ -162,6 +180,7 @@ def test_cold_look_passes_its_floor() -> None:
     key = json.loads((cold_look.OUT / "key.json").read_text(encoding="utf-8"))
     assert key["prompts"] == made
     looks = json.loads((cold_look.OUT / "looks.json").read_text(encoding="utf-8"))
+    assert looks
     for look in looks:  # the floor that the model was made for
         assert cold_look.count(look["answers"], made)["both"] >= 16
 

@@ -28,7 +28,7 @@ CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
 """Sums of f32 predictions of size 1, in another order."""
 SAMPLED: dict[str, float] = {"rtol": 1e-4, "atol": 2e-4}
 """Samples from batches of another size: guidance 7.5 and the division by √ᾱ in the first step
-magnify the rounding of a prediction some 200 times; samples of other noise are 1 apart."""
+magnify the rounding of a prediction some 200 times. Samples of other noise are 4 apart."""
 
 
 @pytest.fixture(scope="module")
