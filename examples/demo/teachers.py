@@ -56,6 +56,7 @@ from training_free import (
     measured,
     named,
     over,
+    spread,
     steered,
     summary,
 )
@@ -433,11 +434,6 @@ def draw_loras(bare: Images, images: Mapping[str, Mapping[str, Images]]) -> Any:
 
 
 # --- writing -------------------------------------------------------------------------------------
-
-
-def spread(value: Mapping[str, float], sign: str = "") -> str:
-    return f"{value['mean']:{sign}.2f} [{value['low']:{sign}.2f}, {value['high']:{sign}.2f}]"
-
 
 ROWS = {
     "training-free": ("training-free start", "λ"),

@@ -1,11 +1,12 @@
-"""Measure adapters made without training, and write docs/training-free: plots and report.json.
+"""Measure adapters made without training; writes plots and report.json of docs/training-free.
 
     python examples/demo/training_free.py
 
 Labels are colour words, because what they do to a picture can be counted: the share of the
 object's coloured pixels that have the asked hue, against how like the unsteered picture the result
 still is. The same word written in the prompt, other ways of making the adapter, and values that
-differ from token to token are compared with it where they leave the picture as much alike.
+differ from token to token are compared with it where they leave the picture as much alike. The
+tables of the README are printed.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from demo import (
 )
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from report import rows
 from tqdm.auto import tqdm
 from vmix import Adapter, init_adapter
 from vmix.diffusers import ApplyTo, Scale, load_vmix, set_vmix_scale, unload_vmix
@@ -291,6 +293,53 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
     canvas.savefig(path)
 
 
+# --- tables of docs/training-free/README.md ------------------------------------------------------
+
+AGAINST = "against the adapter"
+ALIKE = "share against the adapter, equally alike"
+NAMES = {
+    FINE_LAYERS: "only in the layers of the highest resolution",
+    "from the end of text on": "only from the end of text on",
+    "end of text only": "only at the end of text",
+    "words only": "only at the prompt's words",
+    "difference of contexts": "at every token the difference of contexts",
+    "both": 'both passes of guidance (`apply_to="both"`)',
+    "contrast": 'opposite in the other pass (`"contrast"`)',
+}
+
+
+def spread(value: Mapping[str, float], sign: str = "") -> str:
+    return f"{value['mean']:{sign}.2f} [{value['low']:{sign}.2f}, {value['high']:{sign}.2f}]"
+
+
+def strength_table(result: Mapping[str, Any]) -> str:
+    levels = {"unsteered": result["unsteered"]}
+    levels |= {f"λ = {scale}": level for scale, level in result["strength"].items()}
+    levels["the word in the prompt"] = result["prompt"]
+    lines = [
+        [
+            name,
+            *(spread(level[m]) for m in (SHARE, FOUND)),
+            "1" if name == "unsteered" else spread(level[LIKE]),
+            spread(level[AGAINST], "+") if AGAINST in level else "",
+        ]
+        for name, level in levels.items()
+    ]
+    return rows(["", SHARE, "main hue is right", LIKE, ALIKE], lines)
+
+
+def variants_table(result: Mapping[str, Any]) -> str:
+    rare, variants = result["strength, rare identifier"], result["variants"]
+    name = f"told from a rare identifier, `{result['settings']['rare identifier']}`"
+    levels = [("" if place else name, scale, rare[scale]) for place, scale in enumerate(rare)]
+    levels += [(NAMES[key], f"{variants[key]['strength']:g}", variants[key]) for key in NAMES]
+    lines = [
+        [name, scale, *(spread(level[m]) for m in (SHARE, LIKE)), spread(level[AGAINST], "+")]
+        for name, scale, level in levels
+    ]
+    return rows(["", "λ", SHARE, LIKE, ALIKE], lines)
+
+
 def measure(model: Path) -> tuple[dict[str, Any], Any]:
     """What the report says, and the grid."""
     pairs = [(article(name), SEED + index) for index, name in enumerate(OBJECTS)]
@@ -322,7 +371,7 @@ def measure(model: Path) -> tuple[dict[str, Any], Any]:
 
     def compared(words: Words) -> dict[str, Any]:
         values = measured(words, bare)
-        return {**summary(values), "against the adapter": against(values, curve)}
+        return {**summary(values), AGAINST: against(values, curve)}
 
     used = [*BY_TOKEN.values(), FINE, *POLICIES.values()]
     result = {
@@ -348,7 +397,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, default=DEMO / "model")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "docs" / "training-free")
-    parser.add_argument("--plot-only", action="store_true", help="Draw the curve of report.json.")
+    parser.add_argument(
+        "--plot-only",
+        action="store_true",
+        help="Draw the curve of report.json, and print its tables.",
+    )
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     data = args.out / "report.json"
@@ -356,7 +409,9 @@ def main() -> None:
         result, picture = measure(args.model)
         data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         picture.save(args.out / "grid.png")
-    plot(json.loads(data.read_text(encoding="utf-8")), args.out / "curve.png")
+    result = json.loads(data.read_text(encoding="utf-8"))
+    plot(result, args.out / "curve.png")
+    print(strength_table(result), variants_table(result), sep="\n\n")
 
 
 if __name__ == "__main__":
