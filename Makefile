@@ -131,7 +131,7 @@ lint: setup ## formatters, clippy, ruff, mypy and the stubs of the native module
 demo: setup ## out/demo/grid.png and a table: prompts with and without VMix
 	$(PY) examples/demo/demo.py
 
-demo-report: setup ## measures everything that docs/demo/README.md states, and writes it
+demo-report: setup ## measures anew what docs/demo/README.md tabulates, and writes it
 	$(PY) examples/demo/report.py
 
 # The native module as wheels have it, in the place of the one for tests.

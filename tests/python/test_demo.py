@@ -33,7 +33,9 @@ def test_labels_are_the_ones_that_are_drawn() -> None:
 
 def test_report_uses_prompts_and_seeds_that_the_demo_does_not() -> None:
     assert not set(report.PROMPTS) & set(demo.PROMPTS)
-    assert not set(report.SEEDS) & set(demo.SEEDS)
+    seeds = [seed for _, seed in report.PAIRS]
+    assert len(set(seeds)) == len(seeds)
+    assert not set(seeds) & set(demo.SEEDS)
     for prompt in (*report.PROMPTS, *demo.PROMPTS):
         assert demo.colour_of(prompt)
 
