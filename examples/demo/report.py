@@ -476,9 +476,9 @@ was used, and no weights of another model.
 **For** 71 minutes the autoencoder and 200 minutes text encoder and U-Net, on two CPU cores,
 from random initialisation: the U-Net's last 125 on these drawings, before that on others
 without looks in captions, and the autoencoder's on more positive ones
-([how](../../examples/demo/base/README.md)). The autoencoder
-gives new drawings back at 30.1 dB if they are sharp, large and bright, and at 33.5 in the mean
-over looks: colour, edges and small parts are kept.
+([how](../../examples/demo/base/README.md)). The autoencoder gives new drawings back at 30.1 dB
+if they are sharp, large and bright, and at 33.5 in the mean over looks: colour, edges and small
+parts are kept.
 
 **It can draw** one of the 66 things in one of the colours, and looks that are named, except
 that *sharp* and *blurry* do next to nothing. **It cannot draw** two things, a scene, people,
