@@ -34,7 +34,7 @@ from demo import (
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from objects import ObjectClassifier
-from report import FIDELITY, MEASURES, PROMPTS, colour_of, concept_of, interval, rows
+from report import FIDELITY, MEASURES, PROMPTS, cell, colour_of, concept_of, interval, rows
 from report import PAIRS as PROMPT_PAIRS
 from report import measured as judged
 from tqdm.auto import tqdm
@@ -516,7 +516,7 @@ def loras_text(r: Mapping[str, Any]) -> str:
             lines.append(
                 [
                     name if kind == "LoRA" else "", kind,
-                    *(spread3(row[m]) for m in OWN.values()), spread(row[LIKE]),
+                    *(cell(row[m]) for m in OWN.values()), spread(row[LIKE]),
                     *(spread(row[m], "+") for m in FIDELITY),
                 ]
             )  # fmt: skip
@@ -532,14 +532,10 @@ def interference_text(r: Mapping[str, Any]) -> str:
                 lines.append(
                     [
                         pair if kind == "LoRA" else "", measure if kind == "LoRA" else "", kind,
-                        *(spread3(row[part]) for part in ("sum", "together", "departure")),
+                        *(cell(row[part]) for part in ("sum", "together", "departure")),
                     ]
                 )  # fmt: skip
     return rows(["", "measure", "", "sum of single effects", "both at once", "departure"], lines)
-
-
-def spread3(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
 
 
 def text(result: Mapping[str, Any]) -> str:
