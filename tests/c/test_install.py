@@ -496,7 +496,7 @@ def test_wrapper_has_every_function() -> None:
     assert missing == {"vmix_build_info", "vmix_status_name", "vmix_version"}
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_the_release_library_is_small() -> None:
     subprocess.run(["make", "target/capi/release/libvmix.a"], cwd=ROOT, check=True)
     # What hosts are promised. The profile strips it, and leaves out what nothing uses.

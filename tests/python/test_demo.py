@@ -147,7 +147,7 @@ def test_demo_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert image.width > image.height
 
 
-@pytest.mark.slow  # and it downloads the emoji packages
+@pytest.mark.full  # and it downloads the emoji packages
 def test_report_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (demo, report):
         monkeypatch.setattr(module, "STEPS", 2)

@@ -662,7 +662,7 @@ def test_refuses_another_base() -> None:
         assert not hasattr(unet, "_vmix")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_full_size_sd15() -> None:
     """The real thing's sixteen layers, random weights, 16×16 latents."""
     torch.set_num_threads(2)

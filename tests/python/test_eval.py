@@ -457,7 +457,7 @@ def test_ctrl_c(tiny: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.M
     assert len(files(tmp_path / "out")) == 3
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_processes_share_the_work(tiny: Path, prompts: Path, tmp_path: Path) -> None:
     argv = arguments(tiny, prompts, tmp_path / "two", "--freeu")
     with socket.socket() as free:
@@ -760,7 +760,7 @@ def inception(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return network
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_fid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against ‖μ₁ − μ₂‖² + tr Σ₁ + tr Σ₂ − 2 tr √(Σ₁Σ₂), the last from the centred features alone:
     the sum of the singular values of X₁X₂ᵀ, over n − 1. Pictures of 299 pixels are not resized."""

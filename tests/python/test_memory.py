@@ -345,7 +345,7 @@ print(resident("VmHWM") - before)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("batch", "checkpointing"), [(2, False), (2, True)])
 def test_resident_memory(batch: int, checkpointing: bool) -> None:

@@ -518,7 +518,7 @@ def test_prediction_type_is_checked() -> None:
         load_pipeline("anything", prediction_type="sample")
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["sd15"])
 def test_full_size(kind: str, tmp_path: Path) -> None:
     compare(write(tmp_path / "full.safetensors", CONFIGS / kind), kind)

@@ -761,7 +761,7 @@ def read_into(model: Any, path: Path, key: Callable[[str], str]) -> None:
     model.eval().requires_grad_(False)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 def test_full_size(kind: str, full_models: Callable[[str], Path], tmp_path: Path) -> None:
     """AesEmb at the real sizes, in numbers that `pytest -rP` shows."""

@@ -177,7 +177,7 @@ def test_fsdp_is_one_process(pipeline: Path, data: Path, one: Path, tmp_path: Pa
     same(shared, alone, ["checkpoint-4/optimizer.safetensors", "checkpoint-4/trained.safetensors"])
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_fsdp_draws_and_averages(
     pipeline: Path, data: Path, tmp_path: Path, precision: str

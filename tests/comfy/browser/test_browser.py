@@ -30,7 +30,7 @@ sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not 
 
 from frontend import Frontend, pages, post  # noqa: E402
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("comfyui")]
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("comfyui")]
 
 PACK = host.ROOT / "comfy_nodes"
 DEMO = PACK / "demo" / "adapter.safetensors"
