@@ -7,9 +7,11 @@ ComfyUI's own classes run it; only the sizes below are ours.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import comfy.diffusers_convert
 import comfy.latent_formats
 import comfy.model_base
 import comfy.model_management
@@ -149,6 +151,7 @@ def load_model() -> Any:
     )
     offload = comfy.model_management.unet_offload_device()
     model = config.get_model(weights, device=offload)
+    _check("unet", model.diffusion_model.state_dict().keys() - weights.keys())
     model.load_model_weights(weights)
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
 
@@ -159,7 +162,9 @@ def load_clip() -> Any:
         comfy.supported_models_base.ClipTarget(DemoTokenizer, DemoClip),
         parameters=comfy.utils.calculate_parameters(weights),
     )
-    clip.load_sd({f"text_model.{k.removeprefix('text_model.')}": v for k, v in weights.items()})
+    named = {f"text_model.{k.removeprefix('text_model.')}": v for k, v in weights.items()}
+    # ComfyUI has its own for a text model without a projection.
+    _check("text_encoder", set(clip.load_sd(named)[0]) - {"text_projection.weight"})
     return clip
 
 
@@ -179,9 +184,22 @@ def load_vae() -> Any:
         "dropout": 0.0,
     }
     params = {"ddconfig": sizes, "embed_dim": config["latent_channels"]}
-    vae = comfy.sd.VAE(sd=_weights("vae"), config={"params": params})
+    weights = comfy.diffusers_convert.convert_vae_state_dict(_weights("vae"))
+    names = set(weights)
+    vae = comfy.sd.VAE(sd=weights, config={"params": params})
+    _check("vae", vae.first_stage_model.state_dict().keys() - names)
     vae.latent_channels = config["latent_channels"]
     return vae
+
+
+def _check(part: str, missing: Iterable[str]) -> None:
+    """ComfyUI only logs what it finds no weights for, and leaves it as memory happens to be."""
+    names = sorted(missing)
+    if names:
+        raise ValueError(
+            f"{MODEL / part}: {len(names)} weights are missing, such as {names[0]}; "
+            "the node pack may be incomplete: install it anew"
+        )
 
 
 def _config(part: str) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 from vmix import Adapter
 from vmix.diffusers import load_vmix, unload_vmix
+from vmix.loading import WeightsError, load_pipeline
 from vmix.measures import HUE_BANDS, MEASURES, hue_matches
 
 HERE = Path(__file__).resolve().parent
@@ -50,8 +51,11 @@ def open_pipeline(folder: Path = DEMO / "model") -> Any:
     transformers.logging.set_verbosity_error()
     diffusers.logging.set_verbosity_error()
     diffusers.logging.disable_progress_bar()
-    pipe: Any = diffusers.StableDiffusionPipeline.from_pretrained(
-        folder, safety_checker=None, requires_safety_checker=False, torch_dtype=torch.float32
+    pipe = load_pipeline(
+        diffusers.StableDiffusionPipeline,
+        folder,
+        safety_checker=None,
+        requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -207,7 +211,10 @@ def main() -> None:
     parser.add_argument("--grid-only", action="store_true")
     args = parser.parse_args()
 
-    pipe, adapter = open_pipeline(args.model), Adapter.open(args.adapter)
+    try:
+        pipe, adapter = open_pipeline(args.model), Adapter.open(args.adapter)
+    except WeightsError as error:
+        parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
     total = len(PROMPTS) * (4 + len(adapter.labels))
     total += 0 if args.grid_only else 2 * len(PROMPTS) * len(SEEDS)

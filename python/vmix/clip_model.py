@@ -14,11 +14,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vmix.loading import WeightsError, load_model
+
 __all__ = ["Clip", "WeightsError"]
-
-
-class WeightsError(Exception):
-    """Weights that are absent, or not what they should be; the message says what was expected."""
 
 
 class Clip:
@@ -45,21 +43,11 @@ class Clip:
         from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
         try:
-            opened: tuple[Any, Any] = CLIPModel.from_pretrained(
-                self.folder,
-                local_files_only=True,
-                use_safetensors=True,
-                dtype=torch.float32,
-                output_loading_info=True,
-            )
+            self._model = load_model(CLIPModel, self.folder, local_files_only=True)
             prepare: Any = CLIPImageProcessor.from_pretrained(self.folder, local_files_only=True)
             tokenizer: Any = CLIPTokenizer.from_pretrained(self.folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise WeightsError(f"{self.folder}: {' '.join(str(error).split())}") from error
-        self._model = opened[0]
-        missing = sorted(opened[1]["missing_keys"])
-        if missing:
-            raise WeightsError(f"{self.folder}: the weights have no {missing[0]}")
         self.width = int(self._model.config.projection_dim)
         length = int(self._model.config.text_config.max_position_embeddings)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from training import train
 from transformers import CLIPTextModel, CLIPTokenizer
 from vae import LATENT_CHANNELS
+from vmix.loading import load_model
 
 _CAPTION_DROP = 0.1
 PROMPTS: tuple[str, ...] = (
@@ -80,8 +81,8 @@ class Base(nn.Module):
     @classmethod
     def open(cls, model: Path) -> Base:
         """A model to go on from, in f32."""
-        unet = UNet2DConditionModel.from_pretrained(model / "unet", torch_dtype=torch.float32)
-        encoder = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32)
+        unet = load_model(UNet2DConditionModel, model / "unet")
+        encoder = load_model(CLIPTextModel, model / "text_encoder")
         return cls(unet, encoder)
 
     def forward(self, noisy: Tensor, steps: Tensor, ids: Tensor) -> Tensor:

@@ -19,12 +19,14 @@ import torch
 from base import Base, pipeline, sheet, tokenize, train_base
 from data import DEFAULT_CACHE, draw_many, fetch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 from text import train_tokenizer
 from torch import Tensor
 from training import averaged
 from transformers import CLIPTokenizer
 from transforms import LABELS
 from vae import centre, encode, new_vae, train_vae
+from vmix.loading import load_model
 
 HERE = Path(__file__).resolve().parent
 POSITIVE = 0.7  # share of the drawings with the positive look, for each label
@@ -62,7 +64,7 @@ def autoencoder(start: Path | None, work: Path, cache: Path, steps: int, seed: i
         return
     vae = new_vae()
     if start is not None:
-        vae = AutoencoderKL.from_pretrained(start / "vae", torch_dtype=torch.float32)
+        vae = load_model(AutoencoderKL, start / "vae")
         vae.register_to_config(scaling_factor=1.0)
     pixels, _ = drawings(work, cache, "vae-drawings", 16_000, seed + 2, VAE_POSITIVE, 0.0)
     vae = train_vae(vae, pixels, steps, work / "vae.pt", seed=seed)
@@ -73,7 +75,7 @@ def latents_of(pixels: Tensor, work: Path) -> Tensor:
     """Every drawing encoded once; fixes the autoencoder's scale."""
     path = work / "latents.pt"
     if not path.exists():
-        vae = AutoencoderKL.from_pretrained(work / "vae")
+        vae = load_model(AutoencoderKL, work / "vae")
         latents = centre(vae, encode(vae, pixels))
         vae.save_pretrained(work / "vae")
         torch.save(latents, path)
@@ -81,16 +83,25 @@ def latents_of(pixels: Tensor, work: Path) -> Tensor:
     return loaded
 
 
+def name_as_before(text_encoder: Path) -> None:
+    """Names as transformers 4 writes them, which transformers 5 reads too, but not the reverse."""
+    start = "text_model."
+    tensors = load_file(text_encoder)
+    named = {f"{start}{name.removeprefix(start)}": tensor for name, tensor in tensors.items()}
+    save_file(named, text_encoder, {"format": "pt"})
+
+
 def export(base: Base, work: Path, tokenizer: CLIPTokenizer, out: Path, start: Path | None) -> None:
     """Write the pipeline as f16 safetensors under the ordinary file names."""
-    vae = AutoencoderKL.from_pretrained(work / "vae")
+    vae = load_model(AutoencoderKL, work / "vae")
     for model in (vae, base.unet):
         model.register_to_config(_name_or_path="")  # otherwise the folder's path is written
     pipe = pipeline(base, vae, tokenizer).to(dtype=torch.float16)
     pipe.save_pretrained(out)
     # Unasked, diffusers loads its own models in f32, and this one as its config says.
     config = out / "text_encoder" / "config.json"
-    config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    config.write_text(config.read_text().replace('dtype": "float16"', 'dtype": "float32"'))
+    name_as_before(out / "text_encoder" / "model.safetensors")
     for file in out.rglob("*.safetensors"):
         file.chmod(0o644)
     # The two files of CLIP's original tokenizer, for readers that do not know tokenizer.json.
@@ -134,7 +145,7 @@ def main() -> None:
 
     def show(average: Base, step: int) -> None:
         if step % 1000 == 0:
-            vae = AutoencoderKL.from_pretrained(work / "vae")
+            vae = load_model(AutoencoderKL, work / "vae")
             sheet(pipeline(average, vae, tokenizer), work / f"samples-{step:06d}.png")
 
     average = train_base(

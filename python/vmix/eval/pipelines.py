@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from vmix import VMixError
 from vmix.diffusers import load_vmix, unload_vmix
 from vmix.eval.errors import EvalError, one_line
 from vmix.eval.rows import FREEU, Row
+from vmix.loading import WeightsError, check_lora
 from vmix.train.errors import TrainingError
 from vmix.train.single_file import load_pipeline
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-REFUSALS = (VMixError, SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError)
+REFUSALS = (
+    VMixError, WeightsError, SafetensorError,
+    OSError, ValueError, RuntimeError, KeyError, TypeError,
+)  # fmt: skip
 """What diffusers, peft and this library raise for a file that does not belong to a base."""
 
 
@@ -108,6 +112,9 @@ def _load_lora(pipe: Any, file: Path, scale: float, stack: ExitStack) -> None:
         )  # fmt: skip
     if not any(pipe.get_list_adapters().values()):  # diffusers takes it for a LoRA of nothing
         raise ValueError("no LoRA of a U-Net or a text encoder")
+    with safe_open(file, framework="pt") as opened:
+        models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+        check_lora(opened.keys(), "row", *models)
     pipe.set_adapters("row", scale)
 
 

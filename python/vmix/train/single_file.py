@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vmix import loading
 from vmix._native import clip_merges
+from vmix.loading import WeightsError
 from vmix.train.errors import TrainingError
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -127,13 +129,15 @@ def _of_folder(path: str) -> Any:
         if name not in known:
             raise TrainingError(f"{path} is a {name}; expected {' or '.join(known)}")
         unchecked = {"safety_checker": None, "requires_safety_checker": False}
-        pipe = getattr(diffusers, name).from_pretrained(
+        pipe = loading.load_pipeline(
+            getattr(diffusers, name),
             path,
-            use_safetensors=True,
             variant="fp16" if halves else None,
             **(unchecked if name == known[0] else {}),
         )
-    except (OSError, ValueError) as error:
+    except WeightsError as error:
+        raise TrainingError(str(error)) from error
+    except (OSError, ValueError, RuntimeError) as error:
         raise TrainingError(f"{path}: {' '.join(str(error).split())}") from error
     _check_channels(path, pipe.unet.config.in_channels, pipe.vae.config.latent_channels)
     return pipe
@@ -156,11 +160,11 @@ def _of_file(path: Path, shapes: Shapes) -> Any:
             what = " ".join(str(error).split()).partition(" If you want")[0]
             raise TrainingError(f"{path}: not a whole checkpoint of {name}: {what}") from error
     for part, module in _modules(pipe):
-        for tensor, values in module.state_dict().items():
-            if values.is_meta:
-                raise TrainingError(
-                    f"{path}: not a whole checkpoint of {name}: nothing for {part}.{tensor}"
-                )
+        tensors = module.state_dict()
+        missing = [tensor for tensor, values in tensors.items() if values.is_meta]
+        if missing:
+            what = loading.lack(f"{part} ({type(module).__name__})", missing, len(tensors))
+            raise TrainingError(f"{path}: not a whole checkpoint of {name}: {what}")
     return pipe
 
 

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from vmix import read_label_list
+from vmix.loading import WeightsError, check_lora
 from vmix.train.base import Base
 from vmix.train.cache import Store, in_parts, key_of, store_texts
 from vmix.train.errors import TrainingError, complain
@@ -436,6 +437,10 @@ class Loras(Distillation):
             raise TrainingError(f"{lora.file} is no LoRA of this base: {error}") from error
         if name not in getattr(unet, "peft_config", {}):
             raise TrainingError(f"{lora.file} has no LoRA of a U-Net")
+        try:
+            check_lora(kept, name, unet)
+        except WeightsError as error:
+            raise TrainingError(f"{lora.file}: {error}") from error
 
     def _means(self) -> list[str]:
         return [
