@@ -228,9 +228,10 @@ def test_attention_is_the_two_branches(dtype: Any, tolerance: float, chunks: int
 
 
 def test_tensors_come_in_strided_and_from_numpy() -> None:
-    q = torch.randn(4, 2, 12).transpose(0, 1)
-    k = torch.randn(2, 5, 24)[:, :, ::2]
-    a = torch.randn(12, 5).T
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(2))
+    q = draw(4, 2, 12).transpose(0, 1)
+    k = draw(2, 5, 24)[:, :, ::2]
+    a = draw(12, 5).T
     expected = torch.from_dlpack(
         vmix.attention(*(t.contiguous() for t in (q, k, k, a)), strength=1.5, heads=2)
     )
@@ -292,21 +293,27 @@ def test_a_lora_in_the_place_of_an_adapter(tmp_path: pathlib.Path) -> None:
         vmix.open(tmp_path / "lora.safetensors")
 
 
-def test_threads_and_kernels() -> None:
+def test_threads() -> None:
     everything = vmix.get_num_threads()
-    q, k = torch.randn(1, 600, 80), torch.randn(1, 77, 80)
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(4))
+    q, k = draw(1, 600, 80), draw(1, 77, 80)
     results = []
-    for count in (1, 2, 0):
-        vmix.set_num_threads(count)
-        results.append(torch.from_dlpack(vmix.attention(q, k, k, k[0], 1.0, 2)))
+    try:
+        for count in (1, 2, 0):
+            vmix.set_num_threads(count)
+            results.append(torch.from_dlpack(vmix.attention(q, k, k, k[0], 1.0, 2)))
+    finally:
+        vmix.set_num_threads(0)
     assert vmix.get_num_threads() == everything
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])
 
+
+def test_kernels() -> None:
     program = (
-        "import sys, torch, vmix\n"
-        "x = torch.arange(60.0).reshape(1, 6, 10) / 60\n"
-        "try: print(torch.from_dlpack(vmix.attention(x, x, x, x[0], 1.0, 2)).sum().item())\n"
+        "import sys, numpy, vmix\n"
+        "x = numpy.arange(60, dtype='float32').reshape(1, 6, 10) / 60\n"
+        "try: print(*numpy.from_dlpack(vmix.attention(x, x, x, x[0], 1.0, 2)).ravel().tolist())\n"
         "except vmix.VMixError as error: print(error)\n"
     )
 
@@ -321,8 +328,11 @@ def test_threads_and_kernels() -> None:
         r"VMIX_KERNEL: expected one of plain, portable.*, which this processor has, found `fast`"
     )
     assert re.fullmatch(expected, said("fast"))
-    assert float(said("portable")) == pytest.approx(float(said("plain")), rel=1e-6)
-    assert float(said("")) == pytest.approx(float(said("plain")), rel=1e-6)
+    plain = list(map(float, said("plain").split()))
+    assert len(plain) == 60
+    for other in ("portable", ""):
+        # Positive numbers, of which each result is a mean over 6 keys: some roundings of 6e-8.
+        assert list(map(float, said(other).split())) == pytest.approx(plain, rel=2e-6)
 
 
 @pytest.mark.parametrize(
@@ -419,25 +429,33 @@ def test_other_refusals(adapter: vmix.Adapter, tmp_path: pathlib.Path) -> None:
     assert issubclass(vmix.VMixError, ValueError)
 
 
-def test_other_threads_run_meanwhile() -> None:
-    """The GIL is released: a counting thread gets on while values are computed."""
-    adapter = vmix.Adapter.from_tensors(*parts(dim=2048, tokens=77, width=20_000))
-    counts: list[int] = []
-    done = threading.Event()
+def test_other_threads_run_meanwhile(adapter: vmix.Adapter) -> None:
+    """The GIL is released while values are computed."""
+    turns = 0
+    started, done = threading.Event(), threading.Event()
 
     def count() -> None:
-        n = 0
+        nonlocal turns
+        started.set()
         while not done.is_set():
-            n += 1
-            time.sleep(0)
-        counts.append(n)
+            turns += 1
+            time.sleep(0)  # gives the GIL away
 
+    def some_turns() -> bool:
+        before = turns
+        adapter.values()
+        return turns > before
+
+    # Nobody is asked for the GIL from now on: another thread has a turn where it is released.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
     thread = threading.Thread(target=count)
-    thread.start()
-    before = time.perf_counter()
-    adapter.values()
-    elapsed = time.perf_counter() - before
-    done.set()
-    thread.join()
-    # With the GIL held the thread could count only before and after.
-    assert counts[0] > 10 * elapsed / 0.05, (counts, elapsed)
+    try:
+        thread.start()
+        assert started.wait(600)
+        # A call may be over before the operating system wakes the other thread: one of many is not.
+        assert any(some_turns() for _ in range(100_000))
+    finally:
+        done.set()
+        sys.setswitchinterval(interval)
+        thread.join()
