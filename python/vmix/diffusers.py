@@ -45,6 +45,7 @@ _CONTEXT_DIMS = {"sd15": 768, "sdxl": 2048}
 _BASES = {(768, 16): "sd15", (2048, 70): "sdxl"}
 # Arguments of pipelines whose batch is not [uncond; cond], or whose U-Net also runs one half alone.
 _OTHER_BATCHES = ("image_guidance_scale", "sag_scale", "token_indices")
+_FUSING = "VMix adds to the output of attn2.to_v, which fused QKV projections skip"
 
 
 def load_vmix(
@@ -93,6 +94,7 @@ def load_vmix(
         raise VMixError(f"start and end: expected 0 <= start < end <= 1, found {start} and {end}")
     _check_pipeline(pipe, policy)
     attns = _cross_attentions(unet)
+    _check_fusing(unet, attns)
     _check_layout(source, attns)
     for path, attn in attns.items():
         _check_rescaling(path, attn)
@@ -118,7 +120,7 @@ def load_vmix(
         state.layers[path].mixes[adapter_name] = mix
     state.watch_steps(unet)
     unet._vmix = state
-    unet.fuse_qkv_projections = _refuse_fusing
+    unet.fuse_qkv_projections = state.refuse_fusing
 
 
 def set_vmix_scale(pipe: Any, scale: Scale, adapter_name: str = "default") -> None:
@@ -382,6 +384,14 @@ class _State:
             )
         return batch // parts
 
+    def refuse_fusing(self) -> None:
+        """Stands in for the U-Net's `fuse_qkv_projections`."""
+        calls = [
+            "unload_vmix(pipe)" if name == "default" else f"unload_vmix(pipe, {name!r})"
+            for name in self.adapters
+        ]
+        raise VMixError(f"{_FUSING}: call {' and '.join(calls)} before fuse_qkv_projections")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> _State:
         twin = _State()
         memo[id(self)] = twin
@@ -449,8 +459,6 @@ def _linear(attn: Any) -> Any:
 
 def _check_layout(source: Adapter | Values, attns: Mapping[str, Any]) -> None:
     """Says in one sentence that an adapter and a U-Net do not belong together."""
-    if any(getattr(attn, "fused_projections", False) for attn in attns.values()):
-        _refuse_fusing()
     kind = "adapter" if isinstance(source, Adapter) else "preset"
     context = getattr(source, "context_dim", _CONTEXT_DIMS.get(source.base))
     ours = {layer.name: layer.inner_dim for layer in source.layers}
@@ -487,12 +495,23 @@ def _check_rescaling(path: str, attn: Any) -> None:
             )
 
 
-def _refuse_fusing(*_: Any, **__: Any) -> None:
-    """Stands in for `fuse_qkv_projections`: fused cross-attentions never call their `to_v`."""
-    raise VMixError(
-        "VMix adds to the output of attn2.to_v, which fused QKV projections skip: call "
-        "pipe.unfuse_qkv_projections(), or unload_vmix(pipe) if speed matters more"
-    )
+def _check_fusing(unet: Any, attns: Mapping[str, Any]) -> None:
+    """Fused cross-attentions never call their `to_v`.
+
+    The processors tell what is fused: `fused_projections` stays set when diffusers unfuses.
+    """
+
+    def fused(processor: Any) -> bool:
+        return type(processor).__name__.startswith("Fused")
+
+    if not any(fused(getattr(attn, "processor", None)) for attn in attns.values()):
+        return
+    # The pipeline's own method knows only what the pipeline fused, and the U-Net's puts back what
+    # it last replaced: where that was fused already, the processors before are lost.
+    replaced = getattr(unet, "original_attn_processors", None)
+    lost = not replaced or any(map(fused, replaced.values()))
+    undo = "set_attn_processor(AttnProcessor2_0())" if lost else "unfuse_qkv_projections()"
+    raise VMixError(f"{_FUSING}: call pipe.unet.{undo} before load_vmix")
 
 
 def _values(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ import tiny_pipelines as tiny
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from oracle import two_branches
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
@@ -585,7 +586,7 @@ REFUSALS: dict[str, tuple[Callable[[Any, Adapter], Any], str]] = {
     ),
     "fused": (
         lambda pipe, a: (pipe.unet.fuse_qkv_projections(), load_vmix(pipe, a)),
-        "unfuse_qkv_projections",
+        r"call pipe\.unet\.unfuse_qkv_projections\(\) before load_vmix",
     ),
 }
 
@@ -603,7 +604,7 @@ def test_refusals(refusal: str) -> None:
 
 
 def test_refuses_what_it_cannot_place() -> None:
-    """Contexts, batches and fused projections that come after loading."""
+    """Contexts and batches that come after loading."""
     pipe = tiny.pipeline()
     _, adapter = make(pipe.unet)
     load_vmix(pipe, adapter)
@@ -613,15 +614,86 @@ def test_refuses_what_it_cannot_place() -> None:
     one = (torch.zeros(1, 4, 8, 8), 1, torch.zeros(1, 77, tiny.CONTEXT))
     with pytest.raises(VMixError, match="2 equal parts, unconditional first; found a batch of 1"):
         pipe.unet(*one)
-    with pytest.raises(VMixError, match=r"fused QKV.*unload_vmix"):
-        pipe.fuse_qkv_projections()
-    assert not any(getattr(m, "fused_projections", False) for m in pipe.unet.modules())
     fresh = tiny.pipeline()
     load_vmix(fresh, adapter)
     with pytest.raises(VMixError, match=r"does not know which part.*apply_to='both'"):
         fresh.unet(*one)
     load_vmix(fresh, adapter, apply_to="both")
     fresh.unet(*one)
+
+
+def advice(refused: Callable[[], Any]) -> list[str]:
+    """The calls that the message of a refusal asks for."""
+    with pytest.raises(VMixError, match="fused QKV projections skip: call ") as error:
+        refused()
+    calls = re.findall(r"[\w.]+\((?:[^()]|\(\))*\)", str(error.value).split(": call ")[1])
+    assert calls, error.value
+    return calls
+
+
+FUSINGS: dict[str, Callable[[Any], Any]] = {
+    "U-Net": lambda pipe: pipe.unet.fuse_qkv_projections(),
+    "pipeline": lambda pipe: pipe.fuse_qkv_projections(),
+    "pipeline without VAE": lambda pipe: pipe.fuse_qkv_projections(vae=False),
+    "U-Net twice": lambda pipe: [pipe.unet.fuse_qkv_projections() for _ in range(2)],
+    "U-Net and pipeline": lambda pipe: (
+        pipe.unet.fuse_qkv_projections(),
+        pipe.fuse_qkv_projections(),
+    ),
+    "by hand": lambda pipe: (
+        [attn.fuse_projections() for attn in pipe.unet.modules() if hasattr(attn, "to_v")],
+        pipe.unet.set_attn_processor(FusedAttnProcessor2_0()),
+    ),
+}
+
+
+@pytest.mark.parametrize("fusing", FUSINGS)
+def test_fused_before(fusing: str) -> None:
+    """Refused; whoever does what the message says has VMix as if nothing had been fused."""
+    reference, pipe = tiny.pipeline(), tiny.pipeline()
+    _, adapter = make(pipe.unet)
+    load_vmix(reference, adapter)
+    want = tiny.run(reference)
+    FUSINGS[fusing](pipe)
+    fused = tiny.run(pipe)
+    names = {"pipe": pipe, "AttnProcessor2_0": AttnProcessor2_0}
+    for call in advice(lambda: load_vmix(pipe, adapter)):
+        eval(call, names)
+    load_vmix(pipe, adapter)
+    assert torch.equal(tiny.run(pipe), want)
+    assert difference(fused, want) > 1e-2
+    unload_vmix(pipe)
+    # One product in the place of two.
+    assert difference(tiny.run(pipe), fused) < 1e-5
+
+
+@pytest.mark.parametrize("names", [["default"], ["default", "b"], ["b", "it's c"]], ids=str)
+@pytest.mark.parametrize("fusing", ["U-Net", "pipeline", "pipeline without VAE"])
+def test_fused_after(fusing: str, names: list[str]) -> None:
+    """Refused with nothing fused; whoever does what the message says may fuse, and unfuse."""
+    pipe = tiny.pipeline()
+    bare = tiny.run(pipe)
+    _, adapter = make(pipe.unet)
+    for name in names:
+        load_vmix(pipe, adapter, adapter_name=name)
+    mixed = tiny.run(pipe)
+    before = attributes(pipe.unet)
+    twin = copy.deepcopy(pipe)
+    calls = advice(lambda: FUSINGS[fusing](pipe))
+    assert attributes(pipe.unet) == before
+    assert torch.equal(tiny.run(pipe), mixed)
+    for call in calls:
+        eval(call, {"pipe": pipe, "unload_vmix": unload_vmix})
+    FUSINGS[fusing](pipe)
+    assert difference(tiny.run(pipe), bare) < 1e-5
+    pipe.unet.unfuse_qkv_projections()
+    assert torch.equal(tiny.run(pipe), bare)
+    # A copy has its own adapters, and is asked for its own.
+    unload_vmix(twin, names[0])
+    if names[1:]:
+        assert advice(lambda: FUSINGS[fusing](twin)) == calls[1:]
+    else:
+        FUSINGS[fusing](twin)
 
 
 def test_refuses_another_base() -> None:
