@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
+import os
 import random
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ from vmix.train.data import buckets, nearest_bucket, to_pixels, usable_images
 from vmix.train.errors import TrainingError
 from vmix.train.order import Order, OwnBatches, Place
 
+# Machines are slow at times: how long an example takes says nothing.
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 LIGHT, FOCUS = "natural lighting", "sharp focus"
 NAMES = [LIGHT, FOCUS]
 LABELS: list[dict[str, Any]] = [{LIGHT: 1}, {LIGHT: 0, FOCUS: 0.25}, {FOCUS: None}, {FOCUS: 1}]
@@ -73,7 +77,8 @@ def shards(tmp_path: Path) -> Path:
     """As webdataset writes them: captions in .txt or .json, labels in .json or .aes.json."""
     folder = tmp_path / "shards"
     folder.mkdir()
-    with webdataset.ShardWriter(str(folder / "train-%03d.tar"), maxcount=3, verbose=0) as writer:
+    pattern = str(folder / "train-%03d.tar")
+    with webdataset.ShardWriter(pattern, maxcount=3, verbose=0, mtime=0) as writer:
         for number in range(4):
             sample: dict[str, Any] = {"__key__": f"a/{number}", "png": encoded(number)}
             if number % 2:
@@ -143,7 +148,9 @@ def test_shards_are_what_webdataset_reads(shards: Path) -> None:
     )
 )
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    unhurried,
+    max_examples=60,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 def test_names_in_shards_are_split_as_webdataset_splits_them(
     tmp_path: Path, names: list[str]
@@ -196,10 +203,17 @@ def test_what_is_no_label(value: Any) -> None:
 # --- what is wrong with a set --------------------------------------------------------------------
 
 
+def said_by_python(function: Callable[[Any], object], value: object) -> str:
+    """What Python itself says of the value: its words are not those of every version."""
+    with pytest.raises(ValueError) as error:  # noqa: PT011 - whichever it is
+        function(value)
+    return str(error.value)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (b"{", "Expecting property name"),
+        (b"{", said_by_python(json.loads, "{")),
         (b"[1]", "expected an object"),
         (b'"x"', "expected an object"),
         (b'{"text": "x"}', "no 'file_name'"),
@@ -211,9 +225,9 @@ def test_what_is_no_label(value: Any) -> None:
         (b'{"file_name": "0.png", "text": "x", "aesthetics": {"a": "yes"}}', "label 'a': expected"),
         (b'{"file_name": "0.png", "text": "\xff"}', "can't decode byte 0xff"),
         (b'{"file_name": "0.png", "text": "\\ud800"}', "surrogates not allowed"),
-        (b'{"file_name": "%s.png", "text": "x"}' % (b"n" * 999), "File name too long"),
+        (b'{"file_name": "%s.png", "text": "x"}' % (b"n" * 999), os.strerror(errno.ENAMETOOLONG)),
         (b"[" * 100_000, "nested too deeply"),
-        (b"9" * 10_000, "limit (4300 digits)"),
+        (b"9" * 10_000, said_by_python(json.loads, "9" * 10_000)),
     ],
 )
 def test_lines_of_another_shape(listing: Path, text: bytes, message: str) -> None:
@@ -410,7 +424,7 @@ def test_all_that_is_wrong_is_said_before_the_first_step(broken: Path) -> None:
         "none.png: not an image",
         "2.png: unknown label 'shrap focus'",
         "cut.jpg: no aesthetics",
-        "metadata.jsonl, line 8: Expecting property name",
+        f"metadata.jsonl, line 8: {said_by_python(json.loads, '{')}",
         "--skip_unusable",
     ):
         assert message in str(error.value)
@@ -435,6 +449,9 @@ def test_the_rest_can_be_trained_on(broken: Path) -> None:
 def test_pixels_that_are_cut_off_are_found_by_verifying(
     tmp_path: Path, kind: str, sharded: bool
 ) -> None:
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow is built without {kind}")
     folder = tmp_path / "set"
     folder.mkdir()
     whole = encoded(0, kind, (64, 48))
@@ -468,6 +485,7 @@ def test_a_label_that_teaches_nothing(listing: Path) -> None:
 
 
 @given(st.integers(1, 24), st.integers(1, 8))
+@unhurried
 def test_buckets_have_the_area_of_the_resolution(steps: int, step: int) -> None:
     side = steps * step
     shapes = buckets(side, step)
@@ -481,6 +499,7 @@ def test_buckets_have_the_area_of_the_resolution(steps: int, step: int) -> None:
 
 
 @given(st.integers(1, 4000), st.integers(1, 4000))
+@unhurried
 def test_the_nearest_shape_loses_least(height: int, width: int) -> None:
     shapes = buckets(512, 64)
     chosen = nearest_bucket((height, width), shapes)
@@ -532,7 +551,7 @@ def take(order: Order, count: int, first: int = 0) -> list[list[Place]]:
     st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 7), st.integers(0, 2**31),
     st.integers(0, 40), st.booleans(), st.integers(1, 9),
 )  # fmt: skip
-@settings(max_examples=150, deadline=None)
+@settings(unhurried, max_examples=150)
 def test_order(
     names: list[int], batch: int, seed: int, first: int, sharded: bool, window: int
 ) -> None:

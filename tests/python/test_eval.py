@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
+import re
 import resource
 import signal
-import socket
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,11 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_training import tiny_pipeline
+from tiny_training import PRELOADED, tiny_pipeline
 from torch import nn
+from torch.distributed import TCPStore
 from vmix import Adapter, measures
 from vmix.aesthetic_predictor import AestheticPredictor
 from vmix.clip_model import Clip, WeightsError
@@ -42,7 +46,8 @@ LORA = ROOT / "examples" / "demo" / "ablation" / "only-lora.safetensors"
 NOWHERE = "/nowhere"  # as --weights: whatever this machine has, tests know of no weights
 STEPS, GUIDANCE = 2, 3.0
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["vmix.eval.run", "diffusers", "transformers"])
+# The one server of a test process also starts those that train.
+_server.set_forkserver_preload([*PRELOADED, "vmix.eval.run", "diffusers", "transformers"])
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +205,7 @@ def test_results_are_the_measures_of_the_pictures(compared: Path) -> None:
         for measure, function in measures.MEASURES.items():
             expected = float(np.nanmean(function(images)))
             # the same sums over one picture at a time and over three
-            assert rows[name][measure]["mean"] == pytest.approx(expected, rel=1e-12)
+            assert rows[name][measure]["mean"] == pytest.approx(expected, rel=1e-9)
         match = float(measures.hue_matches(images[1], "green"))
         assert rows[name]["hue match"] == {"mean": match, "low": match, "high": match, "n": 1}
     assert rows["base"] == rows["λ = 0"]
@@ -209,8 +214,9 @@ def test_results_are_the_measures_of_the_pictures(compared: Path) -> None:
     gaps = measures.brightness(drawn(compared, "VMix") / 255.0)
     gaps -= measures.brightness(drawn(compared, "base") / 255.0)
     found = first["differences"]["VMix"]["brightness"]
+    # Of values of order one, again: sums in another order differ in their last bits.
     assert found["mean"] == pytest.approx(gaps.mean(), abs=1e-12)
-    assert gaps.min() <= found["low"] <= found["high"] <= gaps.max()
+    assert gaps.min() - 1e-12 <= found["low"] <= found["high"] <= gaps.max() + 1e-12
     assert set(second["differences"]) == {"FreeU"}
     text = (compared / "results.md").read_text(encoding="utf-8")
     mean = rows["VMix"]["colourfulness"]["mean"]
@@ -219,6 +225,13 @@ def test_results_are_the_measures_of_the_pictures(compared: Path) -> None:
     for name in ("pt_inception-2015-12-05-6726825d.pth", "clip-vit-large-patch14", "linearMSE"):
         assert name in text, "it says which files to put where"
     assert (compared / "grid.png").stat().st_size > 1000
+
+
+def said_by_yaml(text: str) -> str:
+    """What is wrong with the text in yaml's own words, the first of them."""
+    with pytest.raises(yaml.YAMLError) as error:
+        yaml.safe_load(text)
+    return re.escape(str(error.value).splitlines()[0])
 
 
 @pytest.mark.parametrize(
@@ -233,7 +246,7 @@ def test_results_are_the_measures_of_the_pictures(compared: Path) -> None:
         ("{name: x, template: plain}", "the template 'plain' lacks {prompt}"),
         ("{name: x, embedding: e.safetensors}", "an embedding needs the token"),
         ("{scale: 1}", "row 2: it has no name"),
-        ("[", "rows.yaml: .*while parsing"),
+        ("[", f"rows.yaml: .*{said_by_yaml('[')}"),
     ],
 )
 def test_rows_are_checked(tmp_path: Path, prompts: Path, entry: str, message: str) -> None:
@@ -343,13 +356,14 @@ def test_pictures_are_kept_and_batches_made_whole(
     whole = files(out)
     assert sorted(whole)[:2] == ["images/FreeU/000000.png", "images/FreeU/000001.png"]
     assert len(whole) == 10
-    stamps = {name: (out / name).stat().st_mtime_ns for name in whole}
+    for name in whole:
+        os.utime(out / name, (1, 1))  # so that a picture's time tells whether it is made again
     (out / "images/base/000002.png").unlink()
     broken = out / "images/FreeU/000001.png"
     broken.write_bytes(broken.read_bytes()[:40])  # as after a power failure
     run(tiny, prompts, out, "--freeu")
     assert files(out) == whole
-    again = {name for name in whole if (out / name).stat().st_mtime_ns != stamps[name]}
+    again = {name for name in whole if (out / name).stat().st_mtime != 1}
     assert again == {
         *("images/base/000002.png", "images/base/000003.png"),
         *("images/FreeU/000000.png", "images/FreeU/000001.png"),
@@ -402,12 +416,14 @@ def test_more_prompts_later_are_the_same_as_at_once(
     assert {name: files(grown)[name] for name in three} == three
 
 
-def _evaluate(argv: Sequence[str], variables: Mapping[str, str], last: int | None = None) -> None:
+def _evaluate(
+    argv: Sequence[str], variables: Mapping[str, str], threads: int, last: int | None = None
+) -> None:
     """In a process of its own; with `last`, as far as the next picture is about to get its name.
 
     Writes the names of its pictures to $NAMES."""
     os.environ.update(variables)
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     names, real = list[str](), os.replace
 
     def replace(source: Path, target: Path) -> None:
@@ -424,8 +440,9 @@ def _evaluate(argv: Sequence[str], variables: Mapping[str, str], last: int | Non
 
 
 def _started(argv: Sequence[str], last: int | None = None, **variables: Any) -> Any:
-    env = {k: str(v) for k, v in {"OMP_NUM_THREADS": 1, **variables}.items()}
-    process = _server.Process(target=_evaluate, args=(argv, env, last))
+    threads = torch.get_num_threads()  # as here, where the same bits are to come out
+    env = {k: str(v) for k, v in {"OMP_NUM_THREADS": threads, **variables}.items()}
+    process = _server.Process(target=_evaluate, args=(argv, env, threads, last))
     process.start()
     return process
 
@@ -433,7 +450,7 @@ def _started(argv: Sequence[str], last: int | None = None, **variables: Any) -> 
 def test_a_killed_run_goes_on_to_the_same_bits(tiny: Path, prompts: Path, tmp_path: Path) -> None:
     options = (tiny, prompts, tmp_path / "killed", "--freeu")
     process = _started(arguments(*options), last=3)
-    process.join(300)
+    process.join(600)
     assert process.exitcode == -signal.SIGKILL
     found = [path.rpartition("/")[2] for path in files(tmp_path / "killed")]
     assert found == ["000000.png", "000001.png", "000002.png", "000003.png.part"]
@@ -460,26 +477,27 @@ def test_ctrl_c(tiny: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.full
 def test_processes_share_the_work(tiny: Path, prompts: Path, tmp_path: Path) -> None:
     argv = arguments(tiny, prompts, tmp_path / "two", "--freeu")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        world = {
-            "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free.getsockname()[1], "GLOO_SOCKET_IFNAME": "lo",
-            "ACCELERATE_USE_CPU": "true",
-        }  # fmt: skip
+    # They meet here, as torchrun has them do: a port that is free now may be taken when they look.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    world = {
+        "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": store.host,
+        "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": 0, "ACCELERATE_USE_CPU": "true",
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
+    }  # fmt: skip
     shares = [tmp_path / "0", tmp_path / "1"]
     both = [
         _started(argv, RANK=rank, LOCAL_RANK=rank, NAMES=share, **world)
         for rank, share in enumerate(shares)
     ]
     for process in both:
-        process.join(180)
+        process.join(600)
         assert process.exitcode == 0
     first, second = (set(json.loads(share.read_text())) for share in shares)
     assert first & second == set()
     assert {len(first), len(second)} == {6, 4}, "of three batches in two rows, two and one"
     assert files(tmp_path / "two") == files(run(tiny, prompts, tmp_path / "one", "--freeu"))
-    results = [(tmp_path / name / "results.json").read_text() for name in ("one", "two")]
+    results = [(tmp_path / name / "results.json").read_bytes() for name in ("one", "two")]
     assert results[0] == results[1]
 
 
@@ -496,7 +514,8 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
     try:
-        with pytest.raises(SystemExit, match=r"000002.png could not be written: .*File too large"):
+        why = os.strerror(errno.EFBIG)
+        with pytest.raises(SystemExit, match=rf"000002.png could not be written: .*{why}"):
             run(tiny, prompts, out)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -509,18 +528,21 @@ def test_a_full_disk_ends_in_a_sentence_and_loses_nothing(
 def test_measures_are_taken_once(
     tiny: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = run(tiny, prompts, tmp_path / "out")
+    out = run(tiny, prompts, tmp_path / "out", "--limit=2")
+    os.utime(out / "images/base/000001.png", (1, 1))  # which no picture that is made again has
     first = (out / "results.json").read_bytes()
-    calls = []
+    calls = list[int]()
     real = measures.MEASURES["brightness"]
     counted = {**measures.MEASURES, "brightness": lambda i: calls.append(1) or real(i)}
     monkeypatch.setattr(measures, "MEASURES", counted)
-    run(tiny, prompts, out)
-    assert not calls
-    assert (out / "results.json").read_bytes() == first
-    (out / "images/base/000004.png").unlink()
-    run(tiny, prompts, out)
-    assert len(calls) == 5
+    for count in (2, 0):  # of a picture of another time all are measured, and once
+        calls.clear()
+        run(tiny, prompts, out, "--limit=2")
+        assert len(calls) == count
+        assert (out / "results.json").read_bytes() == first
+    (out / "images/base/000001.png").unlink()
+    run(tiny, prompts, out, "--limit=2")
+    assert len(calls) == 2
     assert (out / "results.json").read_bytes() == first
 
 
@@ -690,7 +712,9 @@ def test_aesthetic_predictor(clip: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = module.layers(Clip(clip).images(images)).flatten().tolist()
     for name in ("predictor.pth", "predictor.safetensors"):
-        assert AestheticPredictor(clip, tmp_path / name).score(images) == pytest.approx(expected)
+        found = AestheticPredictor(clip, tmp_path / name).score(images)
+        # scores of order 0.1 in float32, whose sums may come in another order
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert AestheticPredictor(clip, tmp_path / "predictor.pth").score([]) == []
 
     wrong = module.state_dict() | {"layers.2.weight": torch.zeros(128, 1000)}
@@ -739,7 +763,7 @@ def test_learned_metrics_have_columns(
     images = [Image.open(path) for path in sorted((out / "images/FreeU").glob("*.png"))]
     weights = tmp_path / "weights" / "sac+logos+ava1-l14-linearMSE.pth"
     expected = np.mean(AestheticPredictor(clip, weights).score(images))
-    assert row["values"]["Aes score"]["mean"] == pytest.approx(expected)
+    assert row["values"]["Aes score"]["mean"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert "CLIP score ↑ | Aes score ↑" in (out / "results.md").read_text(encoding="utf-8")
     assert [note[:22] for note in result["notes"]] == ["Left out: FID needs In"]
 
