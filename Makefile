@@ -1,6 +1,7 @@
 # `make test` and `make demo` do all of their own set-up, into .venv and target.
 PYTHON ?= python3.11
 PY := .venv/bin/python
+UV := .venv/bin/uv pip install --quiet --python $(PY)
 # Where the shared library that cargo builds has another suffix, as on macOS.
 NATIVE := $(if $(filter Darwin,$(shell uname)),dylib,so)
 RUST_SOURCES := $(shell find src bindings benches tests/rust examples/rust -name '*.rs') build.rs \
@@ -17,48 +18,55 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 COMFY_VENV ?= target/comfy-venv/$(notdir $(COMFYUI_PATH))
 COMFY_PY := $(COMFY_VENV)/bin/python
 
-.PHONY: help setup test test-kernels test-c test-full test-extras test-comfy fuzz lint demo demo-report \
-	release-native bench bench-c bench-attention bench-comfy bench-train headers wheel install requirements clean \
-	test-arm test-miri
+.PHONY: help setup test test-rust test-python test-c test-full test-kernels test-asan test-tsan test-slow \
+	test-wheel test-oldest test-extras test-comfy test-arm test-miri fuzz lint demo demo-report release-native \
+	bench bench-c bench-attention bench-comfy bench-train headers wheel install requirements clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-setup: .venv/ready python/vmix/_native.abi3.so ## the environment and the native module
+# The demo's packages install beside the compiler, which needs one of the cores at most times.
+setup: ## the native module, and the Python packages that the demo needs
+	@echo "setup: compiling the native module; installing torch and diffusers into .venv beside it"
+	@$(MAKE) --no-print-directory -j2 .venv/ready python/vmix/_native.abi3.so
+	@echo "setup: done"
 
-.venv/ready: requirements-dev.txt
+# With the versions that tests use. `train` brings the figures' and pictures' packages along.
+.venv/ready: requirements-dev.txt pyproject.toml
 	$(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
-	.venv/bin/uv pip install --quiet --python $(PY) -r requirements-dev.txt
+	$(UV) -r pyproject.toml --extra train --constraints requirements-dev.txt
 	echo "$(CURDIR)/python" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vmix.pth"
-	touch $@
+	@echo "setup: the Python packages are installed"
+	@touch $@
 
-# Tests and module are built in one go, so that every dependency is compiled once.
 python/vmix/_native.abi3.so: $(RUST_SOURCES)
-	cargo build --locked --workspace --all-targets
+	cargo build --locked -p vmix-python
 	# Renamed into place: a module that a running process has mapped must not change.
 	cp target/debug/lib_native.$(NATIVE) $@.new && mv $@.new $@
+	@echo "setup: the native module is compiled"
 
-test: setup ## all tests but the slow ones
-	cargo test --locked --workspace
-	$(MAKE) test-kernels
+# What tests and linters need beyond the demo. A new .venv comes without it.
+.venv/dev: requirements-dev.txt pyproject.toml | setup
+	@echo "setup: installing the packages of tests and linters into .venv"
+	$(UV) -r requirements-dev.txt
+	@touch $@
+
+test: .venv/dev test-rust test-python test-c ## what tells that a change is right: Rust, Python, C (docs/testing.md)
+
+# Unit, property and documentation tests, the headers' among them; and libvmix, for the C hosts.
+CARGO_TESTS := --locked --workspace --features vmix-adapter/headers
+test-rust:
+	cargo build $(CARGO_TESTS) --all-targets
+	cargo test $(CARGO_TESTS)
+
+test-python: .venv/dev
 	$(PY) -m pytest -n 2 --dist loadfile
-	$(MAKE) test-c
 
-# Every test of attention with each kernel as the one that is chosen.
-test-kernels:
-	for kernel in plain portable $$(grep -ow -m1 avx2 /proc/cpuinfo) $$(grep -ow -m1 avx512f /proc/cpuinfo | sed s/f//); do \
-		echo "kernel: $$kernel"; \
-		VMIX_KERNEL=$$kernel cargo test --locked --workspace --test integration attention -q || exit 1; \
-	done
+test-c: .venv/dev test-rust ## the C library's hosts, its headers, its installation
+	$(PY) -m pytest -n 2 -rs tests/c
 
-test-c: setup fuzz/target/ready target/tsan/ready ## the C library: headers, hosts, sanitizers, fuzzing
-	cargo test --locked --workspace --features vmix-adapter/headers --test headers
-	$(PY) -m pytest -rs tests/c
-	fuzz/cargo.sh test --test attention --test values
-	fuzz/run.sh 15
-
-# What CI has no time for: NEON in an emulator, and the portable kernel under Miri.
+# What needs compilers of its own, and is in no tier: NEON in an emulator, the portable kernel under Miri.
 ARM := aarch64-unknown-linux-gnu
 test-arm: ## attention on AArch64; needs qemu-user, g++-aarch64-linux-gnu and libc6-dev-arm64-cross
 	rustup target add $(ARM)
@@ -74,12 +82,39 @@ test-miri: ## some of attention and mixing under Miri; needs a nightly Rust
 		cargo +nightly miri test --locked --target-dir ../target/miri --test attention -- \
 		forward_is_the_papers masks_that_hide mixed_values
 
-test-full: test-c ## also the slow tests, and the wheel in an empty environment
-	cargo test --locked --workspace
-	$(PY) -m pytest -m '' tests/python tests/c tests/comfy
+# The tiers, and what each of these proves: docs/testing.md.
+test-full: test test-kernels test-asan test-tsan test-slow test-wheel test-oldest ## all that this machine can prove
+
+# Every test of attention with each kernel as the one that is chosen.
+test-kernels:
+	for kernel in plain portable $$(grep -ow -m1 avx2 /proc/cpuinfo) $$(grep -ow -m1 avx512f /proc/cpuinfo | sed s/f//); do \
+		echo "kernel: $$kernel"; \
+		VMIX_KERNEL=$$kernel cargo test $(CARGO_TESTS) --test integration attention -q || exit 1; \
+	done
+
+test-asan: fuzz/target/ready .venv/dev ## AddressSanitizer: C hosts, attention, V_a, 15 s of fuzzing
+	$(PY) -m pytest -m full -k address_sanitizer -rs tests/c
+	fuzz/cargo.sh test --test attention --test values
+	fuzz/run.sh 15
+
+test-tsan: target/tsan/ready .venv/dev
+	$(PY) -m pytest -m full -k thread_sanitizer -rs tests/c
+
+# The trainer's killed and distributed runs, and shapes of full size.
+test-slow: .venv/dev
+	$(PY) -m pytest -m full -k 'not sanitizer' -n 2 --dist loadfile -rs tests/python tests/comfy tests/c
+
+test-wheel: .venv/dev ## the wheel in an empty environment of each Python from 3.10 to 3.13 that is installed
 	tests/wheel.sh
 
-test-extras: setup ## DeepSpeed and bitsandbytes, which are no requirements, in an environment of their own
+# The Python suite with the oldest versions that pyproject.toml allows.
+test-oldest: .venv/dev
+	.venv/bin/uv venv --quiet --allow-existing --python $(PYTHON) target/oldest
+	.venv/bin/uv pip install --quiet --python target/oldest/bin/python -r pyproject.toml --extra dev \
+		--constraints tests/oldest.txt
+	PYTHONPATH=python target/oldest/bin/python -m pytest -n 2 --dist loadfile tests/python
+
+test-extras: .venv/dev ## DeepSpeed and bitsandbytes, which are no requirements, in an environment of their own
 	.venv/bin/uv venv --quiet --allow-existing --python $(PYTHON) target/extras
 	.venv/bin/uv pip install --quiet --python target/extras/bin/python -r requirements-dev.txt deepspeed bitsandbytes ninja
 	PATH="$(CURDIR)/target/extras/bin:$$PATH" PYTHONPATH=python python -m pytest tests/extras
@@ -88,7 +123,7 @@ wheel: ## dist/vmix_adapter-*.whl, for pip install
 	$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 
 # The newest wheel, as `pip install` would have it beside ComfyUI's own requirements.
-$(COMFY_VENV)/ready: $(RUST_SOURCES) $(wildcard python/vmix/*.py) .venv/ready
+$(COMFY_VENV)/ready: $(RUST_SOURCES) $(wildcard python/vmix/*.py) | .venv/dev
 	@test -e "$(COMFYUI_PATH)/comfy/sd.py" || \
 		{ echo "no ComfyUI at $(COMFYUI_PATH): set COMFYUI_PATH"; exit 1; }
 	$(MAKE) wheel
@@ -120,7 +155,7 @@ target/tsan/ready: $(RUST_SOURCES)
 fuzz: fuzz/target/ready ## FUZZ_SECONDS of arbitrary files, and of arbitrary sequences of C calls
 	fuzz/run.sh $(FUZZ_SECONDS)
 
-lint: setup ## formatters, clippy, ruff, mypy and the stubs of the native module
+lint: .venv/dev ## formatters, clippy, ruff, mypy and the stubs of the native module
 	cargo fmt --all --check
 	cargo clippy --locked --workspace --all-targets -- -D warnings
 	.venv/bin/ruff check .
@@ -131,11 +166,11 @@ lint: setup ## formatters, clippy, ruff, mypy and the stubs of the native module
 demo: setup ## out/demo/grid.png and a table: prompts with and without VMix
 	$(PY) examples/demo/demo.py
 
-demo-report: setup ## measures anew what docs/demo/README.md tabulates, and writes it
+demo-report: .venv/dev ## measures anew what docs/demo/README.md tabulates, and writes it
 	$(PY) examples/demo/report.py
 
 # The native module as wheels have it, in the place of the one for tests.
-release-native: .venv/ready
+release-native: .venv/dev
 	cargo build --locked --release --workspace
 	cp target/release/lib_native.$(NATIVE) python/vmix/_native.abi3.so.new
 	mv python/vmix/_native.abi3.so.new python/vmix/_native.abi3.so
@@ -145,7 +180,7 @@ bench: release-native ## ratios to vanilla diffusers, to safetensors + torch, an
 	$(PY) benches/bench_diffusers.py
 	$(PY) benches/bench_encoder.py
 
-bench-train: setup ## step time and memory of the trainer, as ratios to a LoRA's
+bench-train: .venv/dev ## step time and memory of the trainer, as ratios to a LoRA's
 	$(PY) benches/bench_train.py
 
 bench-attention: release-native ## value-mixed attention, as ratios to torch's
@@ -158,8 +193,8 @@ bench-c: $(CAPI)/libvmix.a ## nanoseconds per call of the C library, and mixing 
 	gcc -O2 -std=c11 -Iinclude benches/bench_c.c $< -lpthread -ldl -lm -o $(CAPI)/bench_c
 	$(CAPI)/bench_c comfy_nodes/demo/adapter.safetensors
 
-headers: setup ## include/vmix.h and vmix_types.h from src/ffi
-	VMIX_WRITE_HEADERS=1 cargo test --locked --workspace --features vmix-adapter/headers --test headers
+headers: ## include/vmix.h and vmix_types.h from src/ffi
+	VMIX_WRITE_HEADERS=1 cargo test $(CARGO_TESTS) --test headers
 
 # By crate types of its own: with the rlib among them there is no link-time optimisation. In a folder
 # of its own: a release build for Python leaves a library without it.
@@ -171,7 +206,7 @@ $(CAPI)/libvmix.a: $(RUST_SOURCES)
 install: $(CAPI)/libvmix.a ## the C library, headers, vmix.pc and CMake package, into PREFIX
 	PREFIX="$(PREFIX)" PROFILE="$(CAPI)" packaging/install.sh
 
-requirements: .venv/ready ## pins the newest versions of everything in requirements-dev.txt
+requirements: .venv/dev ## pins the newest versions of everything in requirements-dev.txt
 	.venv/bin/uv pip compile --quiet --universal --upgrade --extra dev --python-version 3.11 \
 		--no-emit-package vmix-adapter pyproject.toml -o requirements-dev.txt
 

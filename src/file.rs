@@ -256,8 +256,31 @@ impl File {
     }
 }
 
-/// What is wrong with a file that the safetensors crate refused, in numbers, where that can be said.
+/// What a file is that people mistake for a safetensors file, by its first bytes.
+pub fn mistaken_for(bytes: &[u8]) -> Option<&'static str> {
+    let begins = |magic: &[u8]| {
+        bytes
+            .get(..magic.len())
+            .is_some_and(|start| start.eq_ignore_ascii_case(magic))
+    };
+    if begins(b"<!doctype") || begins(b"<html") {
+        Some("it is a web page: the address that it came from leads to a page, not to the file")
+    } else if begins(b"version https://git-lfs") {
+        Some("it is a Git LFS pointer: `git lfs pull` fetches the file that it stands for")
+    } else if begins(b"PK\x03\x04") {
+        Some("it is a zip archive, as `torch.save` writes: a pickle, which is never loaded")
+    } else if matches!(bytes, [0x80, 2..=5, ..]) {
+        Some("it is a pickle, which can run programs and is never loaded")
+    } else {
+        None
+    }
+}
+
+/// What is wrong with a file that the safetensors crate refused, where that can be said.
 fn explain(bytes: &[u8]) -> Option<String> {
+    if let Some(other) = mistaken_for(bytes) {
+        return Some(other.to_owned());
+    }
     let (size, rest) = bytes.split_first_chunk::<8>()?;
     let size = u64::from_le_bytes(*size);
     let len = bytes.len();

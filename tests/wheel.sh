@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The wheel as a user gets it: built in release, installed into an empty environment, used.
+# The wheel as a user gets it: built in release, installed into an empty environment of every Python
+# from 3.10 to 3.13 that is installed, used.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -7,10 +8,21 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 .venv/bin/maturin build --release --out "$work" --interpreter "${PYTHON:-python3.11}"
-"${PYTHON:-python3.11}" -m venv "$work/venv"
-"$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-index "$work"/*.whl
-cd "$work" # away from the sources
-venv/bin/python - <<'PYTHON'
+# pyenv puts a shim of each on the path, which fails where no version is chosen.
+for folder in "${PYENV_ROOT:-$HOME/.pyenv}"/versions/*/bin; do
+    PATH=$folder:$PATH
+done
+passed=0
+for version in 3.10 3.11 3.12 3.13; do
+    if ! interpreter=$("python$version" -c 'import sys; print(sys.executable)' 2>/dev/null); then
+        echo "wheel: SKIPPED on Python $version, which is not installed"
+        continue
+    fi
+    venv=$work/$version
+    "$root/.venv/bin/uv" venv --quiet --python "$interpreter" "$venv"
+    "$root/.venv/bin/uv" pip install --quiet --no-index --python "$venv/bin/python" "$work"/*.whl
+    cd "$work" # away from the sources
+    "$venv/bin/python" - <<'PYTHON'
 import pathlib
 import vmix
 
@@ -30,7 +42,11 @@ for base in ("sd15", "sdxl"):
 licences = {path.name for path in pathlib.Path(vmix.__file__).parents[1].rglob("LICENSE-*")}
 assert licences == {"LICENSE-MIT", "LICENSE-APACHE", "LICENSE-CLIP"}, licences
 PYTHON
-venv/bin/vmix init --base "$root/comfy_nodes/demo/model" --label "a red apple" --training-free \
-    --out red.safetensors
-venv/bin/vmix validate red.safetensors
-echo "wheel of $(venv/bin/vmix --version): 1 passed"
+    "$venv/bin/vmix" init --base "$root/comfy_nodes/demo/model" --label "a red apple" --training-free \
+        --out red.safetensors
+    "$venv/bin/vmix" validate red.safetensors
+    echo "wheel of $("$venv/bin/vmix" --version) on Python $version: used"
+    passed=$((passed + 1))
+done
+echo "$passed passed, 0 failed, $((4 - passed)) skipped"
+((passed))

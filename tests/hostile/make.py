@@ -226,6 +226,23 @@ def headers() -> Iterator[Case]:
     yield bad("truncated-header", good[: 8 + size // 2], "invalid header length")
     yield bad("truncated-after-header", good[: 8 + size], "incomplete metadata")
     yield bad("truncated-data", good[:-1], "incomplete metadata")
+    # What people mistake for the file; the first eight bytes of each are a length beyond the file.
+    page = "it is a web page: the address that it came from leads to a page, not to the file"
+    pointer = "it is a Git LFS pointer: `git lfs pull` fetches the file that it stands for"
+    pickled = "it is a pickle, which can run programs and is never loaded"
+    zipped = "it is a zip archive, as `torch.save` writes: a pickle, which is never loaded"
+    mistaken = {
+        "web-page": (b"<!DOCTYPE html>\n<html><body>404</body></html>\n", page),
+        "web-page-bare": (b"<HTML><body>404</body></HTML>\n", page),
+        "git-lfs-pointer": (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4\n",
+            pointer,
+        ),
+        "pickle": (b"\x80\x02}q\x00X\x06\x00\x00\x00weightq\x01K\x01s.", pickled),
+        "zip": (b"PK\x03\x04\x00\x00\x08\x08\x00\x00archive/data.pkl", zipped),
+    }
+    for name, (content, what) in mistaken.items():
+        yield bad(f"is-{name}", content, f"header too large ({what})")
     yield bad("followed-by-more", good + b"\0", "incomplete metadata")
     length = {
         "0": (0, "invalid JSON in header: EOF while parsing"),
