@@ -191,6 +191,7 @@ def test_step_zero_is_the_base(tmp_path: Path, xl: bool) -> None:
 
 def test_mixing_is_the_two_branches_of_the_paper(pipeline: Path) -> None:
     base = Base(str(pipeline), torch.device("cpu"), torch.float32)
+    torch.manual_seed(0)
     branch = ValueBranch(init_adapter(pipeline, ["vibrant color", "sharp focus"], dtype="float32"))
     name = branch.names[0]
     layer = base.unet.get_submodule(name)
@@ -209,7 +210,8 @@ def test_mixing_is_the_two_branches_of_the_paper(pipeline: Path) -> None:
     content = heads(context @ layer.to_v.weight.T)
     both = weights @ content + weights @ heads(values[0])
     expected = layer.to_out[0](both.transpose(1, 2).flatten(2))
-    torch.testing.assert_close(got, expected)
+    # Sums of numbers of about 1 in another order; without the labels it is off by 0.1 and more.
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_training_moves_the_loss_and_leaves_the_base(

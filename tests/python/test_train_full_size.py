@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 from safetensors import safe_open
 from test_single_file import write
@@ -26,6 +27,7 @@ print("peak", 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.full
 def test_two_steps_within_memory(tmp_path: Path) -> None:
     base = write(tmp_path / "sd15.safetensors", CONFIGS / "sd15")
     data, out = tmp_path / "data", tmp_path / "out"

@@ -50,11 +50,23 @@ from vmix.train.order import Order
 from vmix.train.single_file import CONFIGS
 
 COUNT, SIDE = 10, tiny.SIDE
+HANGS = 600.0
+"""Seconds after which a process is said to hang, however slow the machine is."""
 LATEST = "--resume_from_checkpoint=latest"
 EMA = (
     "--use_ema", "--gradient_accumulation_steps=2", "--lr_scheduler=cosine", "--lr_warmup_steps=3",
 )  # fmt: skip
+BUCKETS = ("--aspect_ratio_buckets", "--bucket_step=4")
 CACHED, WORKERS = "--cache_latents", "--dataloader_num_workers=2"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the processes that are compared with this one: sums of several threads are others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +95,18 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text = {"text": f"a dog {number % 4}", "aesthetics": labels}
             writer.write({"__key__": str(number), "png": buffer.getvalue(), "json": text})
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(base: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run without further options leaves that nothing has stopped."""
+    return train(base, images, tmp_path_factory.mktemp("whole") / "out")
+
+
+@pytest.fixture(scope="module")
+def averaged(base: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """And one with an average."""
+    return train(base, images, tmp_path_factory.mktemp("averaged") / "out", "--use_ema")
 
 
 @pytest.fixture
@@ -144,26 +168,30 @@ class Started:
     def __init__(self, folder: Path, argv: Sequence[str], before: Callable[[], object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.said = folder / "said"
-        env = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         self.process: Any = tiny._server.Process(
-            target=_start, args=(list(argv), env, self.said, before)
+            target=_start, args=(list(argv), tiny.CPU, self.said, before)
         )
         self.process.start()
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float = 60) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float = HANGS) -> None:
         wait_for(condition, self.process.is_alive, seconds)
 
     def signal(self, number: int) -> None:
         os.killpg(self.process.pid, number)
 
-    def end(self, seconds: float = 60) -> tuple[int, str]:
+    def end(self, seconds: float = HANGS) -> tuple[int, str]:
         """Exit status, and what was said."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, "it hangs"
         return self.process.exitcode, self.text()
 
     def text(self) -> str:
-        return "".join(self.said.with_suffix(f".{s}").read_text() for s in ("out", "err"))
+        return "".join(self.texts())
+
+    def texts(self) -> tuple[str, str]:
+        """As output, and as errors."""
+        out, errors = (self.said.with_suffix(f".{s}").read_text("utf-8") for s in ("out", "err"))
+        return out, errors
 
 
 def wait_for(condition: Callable[[], bool], alive: Callable[[], object], seconds: float) -> None:
@@ -210,6 +238,15 @@ def kill_myself(when: Callable[[], bool], delay: float) -> None:
 
 
 def kill_between_checkpoints(out: Path, delay: float) -> None:
+    """It waits before the last one, however late the signal comes."""
+    save = Checkpoints.save
+
+    def waits(self: Checkpoints, step: int, **more: Any) -> None:
+        if step == 12:
+            time.sleep(1000)
+        save(self, step, **more)
+
+    Checkpoints.save = waits  # type: ignore[method-assign]
     kill_myself(lambda: steps(out) >= 7, delay)
 
 
@@ -217,9 +254,10 @@ def kill_while_writing(out: Path) -> None:
     """On a disk so slow that half of a checkpoint is seen."""
     save = checkpoint.save_file
 
-    def slow(*given: Any) -> None:
-        save(*given)
-        time.sleep(0.05)
+    def slow(tensors: Any, file: Path) -> None:
+        save(tensors, file)
+        if file.parent.name == "checkpoint-6.part":
+            time.sleep(1000)
 
     checkpoint.save_file = slow
     kill_myself(lambda: any(out.glob("checkpoint-6.part/*.safetensors")), 0)
@@ -228,10 +266,10 @@ def kill_while_writing(out: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "writing", "more"),
     [
-        ("images", False, [*EMA]),
         ("images", True, [*EMA, CACHED, WORKERS]),
-        ("shards", False, ["--aspect_ratio_buckets", "--bucket_step=4", WORKERS]),
-        ("shards", True, ["--aspect_ratio_buckets", "--bucket_step=4", CACHED, "--use_ema"]),
+        ("shards", False, [*BUCKETS, WORKERS]),
+        pytest.param("images", False, [*EMA], marks=pytest.mark.full),
+        pytest.param("shards", True, [*BUCKETS, CACHED, "--use_ema"], marks=pytest.mark.full),
     ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(
@@ -259,7 +297,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
     assert not halves(out)
     if WORKERS in more:  # whoever was killed has left nobody behind
         # torch's workers look for their parent every five seconds
-        wait_for(lambda: not _children_of(process.process.pid), lambda: True, 60)
+        wait_for(lambda: not _children_of(process.process.pid), lambda: True, HANGS)
 
 
 def _children_of(group: int) -> list[int]:
@@ -277,22 +315,34 @@ def _children_of(group: int) -> list[int]:
 # --- asked to stop -------------------------------------------------------------------------------
 
 
-def test_ctrl_c(base: Path, images: Path, tmp_path: Path) -> None:
-    """The command itself. A terminal's Ctrl-C reaches its whole group of processes, workers too."""
+@pytest.mark.parametrize("command", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_ctrl_c(
+    base: Path, images: Path, tmp_path: Path, command: bool, started: Callable[..., Started]
+) -> None:
+    """A terminal's reaches the whole group of processes, workers too."""
     out = tmp_path / "out"
     given = argv(base, images, out, WORKERS, "--max_train_steps=100000", "--report_to=tensorboard")
-    command = subprocess.Popen(
-        [sys.executable, "-m", "vmix.train", *given], text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        wait_for(lambda: steps(out) >= 4, lambda: command.poll() is None, 300)
-        os.killpg(command.pid, signal.SIGINT)
-        said, errors = command.communicate(timeout=180)
-    finally:
-        command.kill()
+    if command:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "vmix.train", *given], start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+            env={**os.environ, **tiny.CPU, "PYTHONUTF8": "1"},
+        )  # fmt: skip
+        try:
+            wait_for(lambda: steps(out) >= 4, lambda: process.poll() is None, HANGS)
+            os.killpg(process.pid, signal.SIGINT)
+            said, errors = process.communicate(timeout=HANGS)
+        finally:
+            process.kill()
+        status = process.returncode
+    else:
+        forked = started(given)
+        forked.wait_for(lambda: steps(out) >= 4)
+        forked.signal(signal.SIGINT)
+        status, _ = forked.end()
+        said, errors = forked.texts()
     done = steps(out)
-    assert command.returncode == 130, errors
+    assert status == 130, errors
     assert "Traceback" not in said + errors
     assert (said + errors).count("stopping after this step") == 1
     expected = f"vmix.train: stopped after step {done}; {out}/checkpoint-{done} is where to resume"
@@ -313,7 +363,7 @@ def test_a_polite_request_to_end(
 ) -> None:
     """SIGTERM, as schedulers of clusters send before they kill; status 128 + 15, as a shell has."""
     out = tmp_path / "out"
-    process = started(argv(base, images, out, WORKERS, *EMA, "--max_train_steps=200"))
+    process = started(argv(base, images, out, WORKERS, *EMA, "--max_train_steps=100000"))
     process.wait_for(lambda: steps(out) >= 4)
     process.signal(signal.SIGTERM)
     status, said = process.end()
@@ -374,11 +424,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own for the output."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mount = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, text=True
-    )
-    if mount.returncode:
-        pytest.skip(f"A FULL DISK IS NOT TESTED: it takes a mount, which is not allowed: {mount}")
+    command = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk]
+    try:
+        subprocess.run(command, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"A FULL DISK IS NOT TESTED: it takes a mount, which is not allowed: {error}")
     yield disk
     subprocess.run(["umount", disk], check=True)
 
@@ -414,7 +464,7 @@ def failed(base: Path, data: Path, out: Path, *more: str) -> str:
 
 @pytest.mark.parametrize("tracker", ["none", "tensorboard"])
 def test_a_disk_that_is_full_at_a_checkpoint(
-    base: Path, images: Path, small_disk: Path, tmp_path: Path, tracker: str,
+    base: Path, images: Path, averaged: Path, small_disk: Path, tracker: str,
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     out, more = small_disk / "out", ["--use_ema", f"--report_to={tracker}"]
@@ -432,11 +482,11 @@ def test_a_disk_that_is_full_at_a_checkpoint(
     assert "Traceback" not in capfd.readouterr().err
     (small_disk / "filler").unlink()
     train(base, images, out, LATEST, *more)
-    assert_same(train(base, images, tmp_path / "whole", *more), out)
+    assert_same(averaged, out)
 
 
 def test_a_disk_that_is_full_at_the_end(
-    base: Path, images: Path, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, images: Path, whole: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = small_disk / "out"
     with monkeypatch.context() as patch:
@@ -448,7 +498,7 @@ def test_a_disk_that_is_full_at_the_end(
     assert not list(out.rglob("vmix*.safetensors"))
     (small_disk / "filler").unlink()
     train(base, images, out, LATEST)
-    assert_same(train(base, images, tmp_path / "whole"), out)
+    assert_same(whole, out)
 
 
 @pytest.mark.parametrize(
@@ -460,8 +510,9 @@ def test_a_disk_that_is_full_at_the_end(
     ],
 )
 def test_a_disk_that_is_full_from_the_start(
-    base: Path, images: Path, small_disk: Path, tmp_path: Path, where: str, more: list[str]
-) -> None:
+    base: Path, images: Path, whole: Path, small_disk: Path, tmp_path: Path, where: str,
+    more: list[str],
+) -> None:  # fmt: skip
     out = small_disk / "out"
     out.mkdir()
     fill(small_disk)
@@ -470,7 +521,9 @@ def test_a_disk_that_is_full_from_the_start(
     assert not halves(out)
     (small_disk / "filler").unlink()
     train(base, images, out, *more)
-    assert_same(train(base, images, tmp_path / "whole", *more), out)
+    if where == "cache":  # captions are encoded in other batches
+        whole = train(base, images, tmp_path / "whole", *more)
+    assert_same(whole, out)
 
 
 def test_a_folder_that_cannot_be_written_to(base: Path, images: Path, tmp_path: Path) -> None:
@@ -493,26 +546,39 @@ def jpeg() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.fixture(scope="module")
+def with_x(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The images, of which the fifth step is the first to see x.jpg."""
+    folder = Path(shutil.copytree(images, tmp_path_factory.mktemp("with-x") / "images"))
+    ((_, index), _) = next(Order([0] * COUNT, 2, 0).from_batch(4))
+    name, listing = tiny_image(folder, index).name, folder / "metadata.jsonl"
+    listing.write_text(listing.read_text().replace(f'"{name}"', '"x.jpg"'))
+    (folder / "x.jpg").write_bytes(jpeg())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_with_x(base: Path, with_x: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(base, with_x, tmp_path_factory.mktemp("whole") / "out")
+
+
 @pytest.mark.parametrize("more", [[], [WORKERS]])
 def test_an_image_that_is_cut_off(
-    base: Path, copied: Path, tmp_path: Path, more: list[str]
+    base: Path, with_x: Path, whole_with_x: Path, tmp_path: Path, more: list[str]
 ) -> None:
     """Its header is fine, so that only the step that needs it finds out."""
-    content = jpeg()
-    listing = copied / "metadata.jsonl"
-    ((_, index), _) = next(Order([0] * COUNT, 2, 0).from_batch(4))  # of the fifth step
-    name = tiny_image(copied, index).name
-    listing.write_text(listing.read_text().replace(f'"{name}"', '"x.jpg"'))
+    copied = Path(shutil.copytree(with_x, tmp_path / "images"))
+    content = (copied / "x.jpg").read_bytes()
     (copied / "x.jpg").write_bytes(content[:-700])
     out = tmp_path / "out"
     said = failed(base, copied, out, *more)
-    assert re.match(r"vmix.train: step 5: x\.jpg cannot be read: .*truncated", said)
+    assert re.match(r"vmix.train: step 5: x\.jpg cannot be read: \w.*; ", said)
     assert said.endswith(f"{out}/checkpoint-4 is where to resume")
     assert "\n" not in said
     assert newest(out) == 4
     (copied / "x.jpg").write_bytes(content)
     train(base, copied, out, LATEST, *more)
-    assert_same(train(base, copied, tmp_path / "whole"), out)
+    assert_same(whole_with_x, out)
 
 
 @pytest.mark.parametrize("more", [[], [WORKERS]])
@@ -522,7 +588,7 @@ def test_an_image_that_is_cut_off_and_cached(
     tiny_image(copied, 3).write_bytes(jpeg()[:-700])
     out = tmp_path / "out"
     said = failed(base, copied, out, CACHED, *more)
-    assert re.match(r"vmix.train: --cache_latents: 3\.\w+ cannot be read: .*truncated", said)
+    assert re.match(r"vmix.train: --cache_latents: 3\.\w+ cannot be read: \w.*", said)
     assert "\n" not in said
     assert steps(out) == 0
 
@@ -587,8 +653,9 @@ def test_numbers_in_the_cache_that_are_none(
 
 @pytest.mark.parametrize("where", ["loss", "backward"])
 def test_memory_that_is_not_enough_for_a_step(
-    base: Path, images: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    base: Path, images: Path, whole: Path, tmp_path: Path, where: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """The state before it is written, and ends in the same bits with what is enough."""
     calls: list[int] = []
 
@@ -608,7 +675,7 @@ def test_memory_that_is_not_enough_for_a_step(
     assert "step 5: CUDA out of memory. Tried to allocate 20.00 MiB. Less is needed with" in said
     assert said.endswith(f"{out / 'checkpoint-4'} is where to resume")
     train(base, images, out, LATEST)
-    assert_same(train(base, images, tmp_path / "whole"), out)
+    assert_same(whole, out)
 
 
 def test_memory_that_is_not_enough_to_begin(
@@ -937,14 +1004,14 @@ def test_a_filled_cache_needs_no_encoders(
 ) -> None:
     cache = f"--cache_dir={tmp_path / 'cache'}"
     counted = Counted(monkeypatch)
-    few = "--max_train_steps=2"
-    first = train(base, copied, tmp_path / "first", cache)
+    few = "--max_train_steps=1"
+    first = train(base, copied, tmp_path / "first", cache, "--max_train_steps=5")
     assert counted.since() == (COUNT, 4 + 1), "ten images, four captions, and the empty one"
 
     with monkeypatch.context() as patch:
         patch.delattr(Base, "moments")
         patch.delattr(Base, "text")
-        second = train(base, copied, tmp_path / "second", cache)
+        second = train(base, copied, tmp_path / "second", cache, "--max_train_steps=5")
     assert_same(first, second)
 
     numbers = count()
@@ -990,7 +1057,8 @@ def test_a_damaged_cache_is_computed_anew(
     monkeypatch.setattr(cache, "PART", 2)
     monkeypatch.setattr(denoising, "PART", 4)
     folder = tmp_path / "cache"
-    first = train(base, images, tmp_path / "first", f"--cache_dir={folder}")
+    few = "--max_train_steps=5"
+    first = train(base, images, tmp_path / "first", f"--cache_dir={folder}", few)
     latents, texts = sorted(folder.rglob("latents/*")), sorted(folder.rglob("texts/*"))
     assert (len(latents), len(texts)) == (3, 3)
     latents[0].write_bytes(latents[0].read_bytes()[:-100])
@@ -998,7 +1066,7 @@ def test_a_damaged_cache_is_computed_anew(
     texts[0].write_bytes(b"\xff" * 1000)
     (folder / "note.txt").write_text("not of the cache")
     counted = Counted(monkeypatch)
-    second = train(base, images, tmp_path / "second", f"--cache_dir={folder}")
+    second = train(base, images, tmp_path / "second", f"--cache_dir={folder}", few)
     assert_same(first, second)
     found = counted.since()
     assert found[0] in (4 + 4, 4 + 2), "two of the three files"
@@ -1016,21 +1084,21 @@ def test_curves(base: Path, images: Path, tmp_path: Path) -> None:
 
     out = tmp_path / "out"
     more = ["--lr_scheduler=linear", "--validation_steps=2", "--validation_inference_steps=1"]
-    more += ["--report_to=tensorboard", "--validation_prompt=a dog"]
+    more += ["--report_to=tensorboard", "--validation_prompt=a dog", "--max_train_steps=5"]
     flags = [flag for flag in argv(base, images, out, *more) if flag != "--report_to=none"]
     main([flag for flag in flags if flag != "--report_to=tensorboard"])  # it is the default
     (events,) = (path.parent for path in (out / "logs").rglob("events.*"))
     curves = EventAccumulator(str(events), {"images": 0}).Reload()
     noted = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in noted] == list(range(1, 13))
+    assert [row["step"] for row in noted] == list(range(1, 6))
     for tag, key in (("train_loss", "loss"), ("lr", "lr")):
         scalars = curves.Scalars(tag)
-        assert [point.step for point in scalars] == list(range(1, 13))
+        assert [point.step for point in scalars] == list(range(1, 6))
         expected = np.float32([row[key] for row in noted])  # as event files have them
         assert np.array_equal(np.float32([point.value for point in scalars]), expected)
-    assert [image.step for image in curves.Images("validation")] == [0, 2, 4, 6, 8, 10, 12]
+    assert [image.step for image in curves.Images("validation")] == [0, 2, 4, 5]
     with Image.open(io.BytesIO(curves.Images("validation")[-1].encoded_image_string)) as image:
-        assert np.array_equal(image, Image.open(out / "validation" / "step-000012.png"))
+        assert np.array_equal(image, Image.open(out / "validation" / "step-000005.png"))
     train(base, images, tmp_path / "none", "--max_train_steps=1")
     assert not (tmp_path / "none" / "logs").exists()
 
@@ -1154,8 +1222,9 @@ def test_presets_whose_names_would_be_the_same(run: Run, tmp_path: Path) -> None
 def test_the_lora_in_diffusers(run: Run, base: Path) -> None:
     """The U-Net with the LoRA that was loaded predicts what the one that was trained does."""
     pipe = plain(base)
-    sample, timestep = torch.randn(2, 4, 8, 8), torch.tensor([3, 700])
-    context = torch.randn(2, tiny.TOKENS, 32)
+    draw = torch.Generator().manual_seed(0)
+    sample, timestep = torch.randn(2, 4, 8, 8, generator=draw), torch.tensor([3, 700])
+    context = torch.randn(2, tiny.TOKENS, 32, generator=draw)
     with torch.no_grad():
         before = pipe.unet(sample, timestep, context).sample
         pipe.load_lora_weights(run.args.output_dir, weight_name="demo-lora.safetensors")

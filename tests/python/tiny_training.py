@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import multiprocessing.forkserver
 import os
-import socket
 import string
 import sys
 import time
@@ -22,7 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.distributed import TCPStore
 
+CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+"""For processes; accelerate would take a GPU where there is one."""
+os.environ["ACCELERATE_USE_CPU"] = "true"  # here too: it keeps what a process first asked for
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 TOKENS, SIDE = 77, 16
 LABELS = """
 [[label]]
@@ -122,24 +126,24 @@ def together(
     processes: int = 2,
     env: Mapping[str, str] | None = None,
     before: Callable[[int], object] | None = None,
-    timeout: float = 120,
+    timeout: float = 600,
 ) -> list[Ended]:
     """Run `vmix.train` in processes that know of each other; one that hangs is an error.
 
     `before(rank)` is called in each of them first; what they say is kept in the folder.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    # They meet here, as torchrun has them do: a port that is free now may be taken when they look.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder.mkdir(parents=True, exist_ok=True)
     running = []
     for rank in range(processes):
-        variables = {"OMP_NUM_THREADS": 1, "ACCELERATE_USE_CPU": "true"}
+        variables: dict[str, Any] = dict(CPU)
         if processes > 1:
             variables |= {
                 "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes,
-                "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                "GLOO_SOCKET_IFNAME": "lo",
+                "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": store.host, "MASTER_PORT": store.port,
+                "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0,
+                "GLOO_SOCKET_IFNAME": LOOPBACK,
             }  # fmt: skip
         given = {**{key: str(value) for key, value in variables.items()}, **(env or {})}
         process = _server.Process(target=_train, args=(argv, given, folder / str(rank), before))
@@ -150,13 +154,15 @@ def together(
         for process in running:
             process.join(max(0, until - time.monotonic()))
         hung = [rank for rank, process in enumerate(running) if process.exitcode is None]
-        said = [folder / f"{rank}.err" for rank in range(processes)]
-        assert not hung, f"processes {hung} hang after {timeout} s: {[f.read_text() for f in said]}"
+        said = [(folder / f"{rank}.err").read_text("utf-8") for rank in range(processes)]
+        assert not hung, f"processes {hung} hang after {timeout} s: {said}"
     finally:
         for process in running:
             process.kill()
     return [
-        Ended(process.exitcode, *((folder / f"{rank}.{s}").read_text() for s in ("out", "err")))
+        Ended(
+            process.exitcode, *((folder / f"{rank}.{s}").read_text("utf-8") for s in ("out", "err"))
+        )
         for rank, process in enumerate(running)
     ]
 
@@ -167,7 +173,7 @@ def _train(
     for number, stream in ((1, "out"), (2, "err")):
         file = os.open(said.with_suffix(f".{stream}"), os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
         os.dup2(file, number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, encoding="utf-8") for n in (1, 2))
     os.environ.update(env)
     torch.set_num_threads(1)
     from vmix.train.loop import main
