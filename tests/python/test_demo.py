@@ -109,10 +109,11 @@ def test_effects_are_paired() -> None:
 
 
 def test_comparing_maps() -> None:
-    maps = [torch.rand(3, 4, 5).softmax(-1), torch.rand(3, 16, 5).softmax(-1)]
+    random = torch.Generator().manual_seed(0)
+    maps = [torch.rand(3, n, 5, generator=random).softmax(-1) for n in (4, 16)]
     correlation, variation = report.compare_maps(maps, maps)
-    np.testing.assert_allclose(correlation, 1, rtol=1e-6)
-    np.testing.assert_allclose(variation, 0, atol=1e-7)
+    np.testing.assert_allclose(correlation, 1, rtol=1e-5)  # sums in float32
+    assert not variation.any()
     first, second = torch.zeros(1, 2, 4), torch.zeros(1, 2, 4)
     first[..., 0], second[..., 1] = 1, 1  # all attention on another token
     correlation, variation = report.compare_maps([first], [second])

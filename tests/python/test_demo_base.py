@@ -18,11 +18,19 @@ training: Any = import_module("training")
 transforms: Any = import_module("transforms")
 
 
-def test_captions_name_the_looks_that_are_drawn() -> None:
-    image = torch.ones(4, 64, 64) * torch.tensor([0.9, 0.1, 0.1, 1.0])[:, None, None]
+def test_captions_name_the_looks_that_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[dict[str, int]] = []
+
+    def render(image: Tensor, labels: dict[str, int], _: torch.Generator) -> Tensor:
+        drawn.append(labels)
+        return image[:3]
+
+    monkeypatch.setattr(data, "render", render)  # it takes long, and captions do not depend on it
+    image = torch.ones(4, 8, 8) * torch.tensor([0.9, 0.1, 0.1, 1.0])[:, None, None]
     source = data.Source("thing", "kind", image)
     random = torch.Generator().manual_seed(0)
     samples = [data.draw(source, random, positive=0.7, said=0.25) for _ in range(1200)]
+    assert drawn == [sample.labels for sample in samples]
     sides = {
         word: (label, side)
         for label, words in transforms.LOOK_WORDS.items()

@@ -68,14 +68,15 @@ def test_pictures_and_weights_of_text_pairs() -> None:
 
 
 def test_training_prompts_leave_the_held_out_objects_out(tmp_path: Path) -> None:
-    lines = teachers.prompts_file(tmp_path).read_text().splitlines()
+    lines = teachers.prompts_file(tmp_path).read_text(encoding="utf-8").splitlines()
     named = {line.removeprefix("a {words} ") for line in lines}
     assert len(named) == len(lines) > 50
     assert not named & set(teachers.HELD_OUT)
     assert named >= set(teachers.SEEN)
 
 
-def test_teacher_at_one_is_the_word_in_the_prompt() -> None:
+def test_teacher_at_one_is_the_word_in_the_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "STEPS", 8)
     pipe = demo.open_pipeline()
     pairs = [("a car", 0), ("a hat", 1)]
     with teachers.taught(pipe, ["a red car", "a red hat"], 1.0):
@@ -84,7 +85,7 @@ def test_teacher_at_one_is_the_word_in_the_prompt() -> None:
         unsteered = demo.generate(pipe, pairs)
     words = demo.generate(pipe, [("a red car", 0), ("a red hat", 1)])
     bare = demo.generate(pipe, pairs)
-    # Other sizes of batches and another order of sums, through 25 steps.
+    # Other sizes of batches and another order of sums, through all steps.
     np.testing.assert_allclose(steered, words, atol=2e-3)
     np.testing.assert_allclose(unsteered, bare, atol=2e-3)
     assert np.abs(words - bare).mean() > 0.02  # so that either could fail

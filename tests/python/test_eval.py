@@ -130,7 +130,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("compared")
     (folder / "rows.yaml").write_text(ROWS, encoding="utf-8")
     (folder / "prompts.txt").write_text("strawberry\na green frog\na fish\n")
-    vocabulary = json.loads((DEMO / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+    vocabulary = json.loads((DEMO / "tokenizer" / "tokenizer.json").read_bytes())["model"]["vocab"]
     table = load_file(DEMO / "text_encoder" / "model.safetensors")
     words = next(v for name, v in table.items() if name.endswith("token_embedding.weight"))
     learned = {word: words[vocabulary[f"{word}</w>"]].clone() for word in ("a", "red")}

@@ -55,7 +55,7 @@ def under_every_look(name: str, degrees: float = 0.0) -> np.ndarray[Any, Any]:
 def classifier() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load_sources", shapes)
-        patch.setattr(objects, "DRAWN", 640)
+        patch.setattr(objects, "DRAWN", 400)  # every shape is told apart by a wide margin
         return objects.ObjectClassifier.fit(NOWHERE)
 
 

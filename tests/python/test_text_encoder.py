@@ -675,7 +675,10 @@ for path in sys.argv[1:]:
 
 
 def test_absurd_sizes_cost_nothing(sd15_folder: Path, tmp_path: Path) -> None:
-    """2 GB of addresses are enough to be refused: what could not be allocated would abort."""
+    """2 GB of addresses are enough to be refused: what could not be allocated would abort.
+
+    By one thread: each has a stack and an arena of addresses, on machines of many cores too many.
+    """
     paths = []
     for key in (
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
@@ -690,7 +693,8 @@ def test_absurd_sizes_cost_nothing(sd15_folder: Path, tmp_path: Path) -> None:
             configure(**{key: size})(path)
             paths.append(path)
     command = [sys.executable, "-c", IN_LITTLE_MEMORY, *map(str, paths)]
-    lines = subprocess.check_output(command, text=True).splitlines()
+    env = {**os.environ, "RAYON_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}
+    lines = subprocess.check_output(command, encoding="utf-8", env=env).splitlines()
     assert len(lines) == len(paths)
     for path, line in zip(paths, lines, strict=True):
         assert line.startswith(f"{path}/text_encoder/")
