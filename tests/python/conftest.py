@@ -10,7 +10,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+# OpenMP takes a list, too: a number for each level of nesting.
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"].split(",")[0]))
 
 # Where SIGINT was ignored before (a shell's background job), processes would not notice Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
