@@ -3,7 +3,9 @@
 Tolerances are on the latents after a few steps, relative to their largest value. In fp32 the two
 sides differ by the order of additions only: about 1e-6 is measured, 1e-5 allowed. Rounding to
 half precision is a thousand times coarser and the oracle rounds in other places (it adds two
-attentions, not two values): 5e-3 for fp16, 4e-2 for bf16. The effect itself is above 1e-2.
+attentions, not two values): up to 3.5e-3 in fp16 and 3.3e-2 in bf16, by what the processor has for
+products of these; 1e-2 and 8e-2 are allowed. The effect itself is 1.5e-1 there, and everywhere
+above 1e-2.
 """
 
 from __future__ import annotations
@@ -151,8 +153,8 @@ SITUATIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any],
     "controlnet": ("controlnet", {}, {}, {}, 1e-5),
     "img2img": ("img2img", {}, {}, {}, 1e-5),
     "xl": ("xl", {"batch": 2}, {"apply_to": "contrast"}, {"apply_to": "contrast"}, 1e-5),
-    "fp16": ("sd", {}, {"dtype": torch.float16}, {}, 5e-3),
-    "bf16": ("sd", {}, {"dtype": torch.bfloat16}, {}, 4e-2),
+    "fp16": ("sd", {}, {"dtype": torch.float16}, {}, 1e-2),
+    "bf16": ("sd", {}, {"dtype": torch.bfloat16}, {}, 8e-2),
 }
 
 
