@@ -25,7 +25,7 @@ from typing import Any, Literal
 
 import torch
 
-sys.path.insert(0, os.environ.get("COMFYUI_PATH", str(Path.home() / "comfy" / "ComfyUI")))
+sys.path.insert(0, os.environ.get("COMFYUI_PATH") or os.path.expanduser("~/comfy/ComfyUI"))
 
 import comfy.cli_args
 

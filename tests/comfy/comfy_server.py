@@ -18,6 +18,8 @@ import host
 
 PYTHON = os.environ.get("COMFYUI_PYTHON") or sys.executable
 Prompt = dict[str, dict[str, Any]]
+# A proxy that the environment names does not lead to this machine.
+open_url = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
 
 class PromptError(RuntimeError):
@@ -63,7 +65,11 @@ class Server:
             except (OSError, urllib.error.URLError):
                 time.sleep(0.5)
         self.stop()
-        raise RuntimeError(f"ComfyUI did not start:\n{self.log.read_text()[-4000:]}")
+        raise RuntimeError(f"ComfyUI did not start:\n{self.said()[-4000:]}")
+
+    def said(self) -> str:
+        """The log, whatever the encoding of its lines."""
+        return self.log.read_text("utf-8", "replace")
 
     def stop(self) -> None:
         self.process.terminate()
@@ -82,7 +88,7 @@ class Server:
         return str(target.relative_to(self.base / "models" / kind))
 
     def get(self, path: str) -> Any:
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+        with open_url(self.url + path, timeout=60) as answer:
             return json.load(answer)
 
     def run(self, prompt: Prompt, timeout: float = 900) -> dict[str, Any]:
@@ -93,7 +99,7 @@ class Server:
             {"Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with open_url(request, timeout=60) as answer:
                 number = json.load(answer)["prompt_id"]
         except urllib.error.HTTPError as error:
             raise PromptError(error.read().decode()) from None
@@ -107,7 +113,7 @@ class Server:
                 outputs: dict[str, Any] = history[number]["outputs"]
                 return outputs
             if self.process.poll() is not None:
-                raise RuntimeError(f"ComfyUI died:\n{self.log.read_text()[-4000:]}")
+                raise RuntimeError(f"ComfyUI died:\n{self.said()[-4000:]}")
             time.sleep(0.02)
         raise TimeoutError(f"no result after {timeout} s")
 
@@ -115,6 +121,6 @@ class Server:
         """The PNG of a SaveImage or PreviewImage node."""
         entry = outputs[node]["images"][0]
         query = f"filename={entry['filename']}&subfolder={entry['subfolder']}&type={entry['type']}"
-        with urllib.request.urlopen(f"{self.url}/view?{query}", timeout=60) as answer:
+        with open_url(f"{self.url}/view?{query}", timeout=60) as answer:
             data: bytes = answer.read()
         return data

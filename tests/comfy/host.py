@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-COMFYUI = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI").resolve()
+# Not Path.home(), which is an error for users that have none.
+COMFYUI = Path(os.environ.get("COMFYUI_PATH") or os.path.expanduser("~/comfy/ComfyUI")).resolve()
 # Installed as users have it, or beside ComfyUI, where only the tests that want it see it.
 _INSTALLED = COMFYUI / "custom_nodes" / "ComfyUI_IPAdapter_plus"
 IP_ADAPTER_PLUS = _INSTALLED if _INSTALLED.exists() else COMFYUI.parent / _INSTALLED.name

@@ -326,6 +326,7 @@ def test_everything_at_once(sd15: Base, model_file: Any) -> None:
     )
 
 
+@pytest.mark.full
 def test_freeu(model_file: Any, tmp_path: Any) -> None:
     """FreeU acts on 640 and 1280 channels, so on the real widths alone."""
     base = bases.load("sd15", model_file("sd15"), dtype=torch.float32)

@@ -210,8 +210,9 @@ def test_compare(server: Server) -> None:
     single = pixels(server.image(outputs, "image"))
     assert labels.shape[1] == 7 * (64 + 8) + 8
     columns = [labels[-72:-8, 8 + i * 72 : 72 + i * 72] for i in range(7)]
-    # The column of all labels is the very picture that KSampler makes.
-    np.testing.assert_allclose(columns[1], single, atol=1 / 255)
+    # The column of all labels is the very picture that KSampler makes, by a level at most: pixels
+    # are rounded to 1/255, which float32 does not hold exactly.
+    np.testing.assert_allclose(columns[1], single, rtol=0, atol=1.5 / 255)
     prompt["compare"]["inputs"] |= {"compare": "strengths", "strengths": "0, 1"}
     strengths = pixels(server.image(server.run(prompt), "grid"))
     assert strengths.shape[1] == 2 * 72 + 8
@@ -286,6 +287,7 @@ def test_without_the_wheel(server: Server, tmp_path: Path) -> None:
         bare.stop()
 
 
+@pytest.mark.full
 def test_full_size_sd15(model_file: Any, tmp_path: Path) -> None:
     """LoRA, ControlNet, IPAdapter_plus and VMix in one workflow, at the real size."""
     if not (host.IP_ADAPTER_PLUS / "__init__.py").exists():
@@ -344,6 +346,7 @@ def test_full_size_sd15(model_file: Any, tmp_path: Path) -> None:
         server.stop()
 
 
+@pytest.mark.full
 def test_full_size_sdxl(model_file: Any, tmp_path: Path) -> None:
     import bases
     import vmix

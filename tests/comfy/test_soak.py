@@ -13,7 +13,7 @@ import pytest
 from comfy_server import Server
 from workflows import apply, demo, node, sampled
 
-pytestmark = pytest.mark.usefixtures("comfyui")
+pytestmark = [pytest.mark.full, pytest.mark.usefixtures("comfyui")]
 PROMPTS = int(os.environ.get("VMIX_SOAK_PROMPTS", "300"))
 WARM = PROMPTS // 6  # by then every model, adapter and kernel has been used
 
@@ -77,7 +77,7 @@ def test_soak(model_file: Any, tmp_path: Path) -> None:
         first, last = (max(memory[end - 8 : end]) for end in (WARM, PROMPTS))
         print(f"after {WARM}: {first / 1e6:.0f} MB, after {PROMPTS}: {last / 1e6:.0f} MB")
         assert last <= 1.02 * first
-        log = server.log.read_text()
+        log = server.said()
         assert "Traceback" not in log.split("To see the GUI go to")[-1]
     finally:
         server.stop()

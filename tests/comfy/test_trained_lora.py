@@ -25,7 +25,7 @@ def test_comfyui_takes_every_layer(
     from vmix.train.model import add_lora
     from vmix.train.single_file import CONFIGS
 
-    config = json.loads((CONFIGS / base / "unet" / "config.json").read_text())
+    config = json.loads((CONFIGS / base / "unet" / "config.json").read_text("utf-8"))
     config["block_out_channels"] = [32] * len(config["block_out_channels"])  # the names are meant
     config["attention_head_dim"] = 4
     unet = UNet2DConditionModel.from_config(config)

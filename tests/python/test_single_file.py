@@ -386,12 +386,13 @@ def test_folders(pipes: dict[str, Any], tmp_path: Path) -> None:
     pipe = copy.deepcopy(pipes["sd15"])
     pipe.save_pretrained(tmp_path / "whole")
     pipe.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    expected = {name: tensor.float() for name, tensor in pipe.unet.state_dict().items()}
     for folder, asked in (("whole", None), ("half", "v_prediction")):
         found = load_pipeline(str(tmp_path / folder), prediction_type=asked)
         assert found.scheduler.config.prediction_type == (asked or "epsilon")
         for name, tensor in found.unet.state_dict().items():
             assert tensor.dtype == torch.float32
-            assert torch.equal(tensor, pipe.unet.state_dict()[name].float()), name
+            assert torch.equal(tensor, expected[name]), name
     index = tmp_path / "whole" / "model_index.json"
     text = index.read_text("utf-8").replace("StableDiffusionPipeline", "FluxPipeline")
     index.write_text(text, "utf-8")

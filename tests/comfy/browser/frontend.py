@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from comfy_server import Server
+from comfy_server import Server, open_url
 from playwright.sync_api import Locator, Page, Route
 
 PACK = "vmix-aesthetics"
@@ -280,7 +280,7 @@ def post(server: Server, path: str, value: Any) -> None:
     request = urllib.request.Request(
         server.url + path, json.dumps(value).encode(), {"Content-Type": "application/json"}
     )
-    urllib.request.urlopen(request, timeout=60).close()
+    open_url(request, timeout=60).close()
 
 
 def pages(browser: Any, size: tuple[int, int]) -> Iterator[Page]:
