@@ -452,7 +452,7 @@ static void mixing(void) {
     CHECK(map_data[0] == 1);
     /* Keys that need more memory than there is: a stride of 0 makes them free for the caller. */
     VmixView endless = k;
-    endless.shape[1] = INT64_C(1) << 45, endless.strides[1] = 0;
+    endless.shape[1] = INT64_C(1) << 52, endless.strides[1] = 0;
     params.key = params.value = &endless, params.attention_map = NULL;
     FAILS(OUT_OF_MEMORY, "memory", vmix_attention(&params));
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -57,6 +58,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Compiles a source file against include/ and libvmix, and returns the program."""
 
+    @functools.cache
     def build(source: str, *flags: str, compiler: str = "gcc") -> Path:
         program = tmp_path_factory.mktemp("program") / Path(source).stem
         language = CPP if source.endswith(".cpp") else C

@@ -18,9 +18,6 @@ import vmix
 from conftest import ADAPTER, ROOT, run, tool
 
 Build = Callable[..., Path]
-HOST = re.search(
-    r"host: (\S+)", subprocess.run(["rustc", "-vV"], capture_output=True, text=True).stdout
-)
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="measures through /proc")
 
 
@@ -37,9 +34,13 @@ def test_valgrind_finds_nothing(build: Build, tmp_path: Path, source: str) -> No
     run(tool("valgrind"), "-q", "--error-exitcode=9", *leaks, build(source), *arguments)
 
 
+def host() -> str:
+    """The triple that libraries with a sanitizer are built for."""
+    return re.findall(r"host: (\S+)", run(tool("rustc"), "-vV"))[0]
+
+
 def instrumented(path: str) -> Path:
-    assert HOST is not None
-    library = ROOT / path.format(HOST[1])
+    library = ROOT / path.format(host())
     assert library.exists(), f"{library.relative_to(ROOT)} is not built; `make test-c` does it"
     return library
 
@@ -60,8 +61,7 @@ def build_with_tsan(folder: Path, source: str) -> Path:
     Rust compiler brings: gcc's is too old for what the library calls."""
     library = instrumented("target/tsan/{}/debug/libvmix.so")
     (folder / "libvmix.so.1").symlink_to(library)
-    assert HOST is not None
-    own = Path(run("rustc", "--print", "sysroot").strip()) / "lib" / "rustlib" / HOST[1] / "lib"
+    own = Path(run("rustc", "--print", "sysroot").strip()) / "lib" / "rustlib" / host() / "lib"
     (runtime,) = own.glob("librustc*_rt.tsan.a")
     objects, program = folder / "program.o", folder / "program"
     command = [tool("gcc"), "-std=c11", "-D_GNU_SOURCE", "-g", "-fsanitize=thread"]
@@ -72,6 +72,7 @@ def build_with_tsan(folder: Path, source: str) -> Path:
     return program
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("source", ["tests/c/calls.c", "tests/c/threads.c", "examples/c/host.c"])
 def test_address_sanitizer_finds_nothing(tmp_path: Path, source: str) -> None:
     program = build_with_asan(tmp_path, source)
@@ -81,6 +82,7 @@ def test_address_sanitizer_finds_nothing(tmp_path: Path, source: str) -> None:
     run(program, ADAPTER, *arguments, env=environment)
 
 
+@pytest.mark.full
 def test_address_sanitizer_sees_into_the_library(tmp_path: Path) -> None:
     """The test above could not fail if the library were not instrumented."""
     source = tmp_path / "overrun.c"
@@ -103,6 +105,7 @@ def test_eight_threads_share_handles(build: Build) -> None:
     run(build("tests/c/threads.c"), ADAPTER, "2000")
 
 
+@pytest.mark.full
 def test_thread_sanitizer_finds_nothing(tmp_path: Path) -> None:
     program = build_with_tsan(tmp_path, "tests/c/threads.c")
     suppressions = ROOT / "tests/c/tsan.supp"
@@ -110,6 +113,7 @@ def test_thread_sanitizer_finds_nothing(tmp_path: Path) -> None:
     run(program, ADAPTER, "1000", env=environment)
 
 
+@pytest.mark.full
 def test_thread_sanitizer_sees_into_the_library(tmp_path: Path) -> None:
     """Two threads mix into one buffer, which the header forbids."""
     source = tmp_path / "race.c"

@@ -358,7 +358,7 @@ fn links_stay_links_and_devices_devices() {
     // The message names what was asked for, not the temporary file.
     let absent = folder.path().join("absent/file");
     let error = small().adapter().unwrap().save(&absent).unwrap_err();
-    let words = format!("{}: entity not found", absent.display());
+    let words = format!("{}: {}", absent.display(), std::io::ErrorKind::NotFound);
     assert_eq!(error.to_string(), words);
 }
 
@@ -547,8 +547,9 @@ fn opening_reads_only_the_header_and_the_small_tensors() {
         .find_map(|line| line.strip_prefix("Rss:"))
         .unwrap();
     let resident: usize = resident.trim().trim_end_matches(" kB").parse().unwrap();
-    // AesEmb and the projection are 8.4 MB in f16, nearly all of it Z.
-    assert!(resident < 10_000, "{resident} kB are resident");
+    // AesEmb and the projection are 8.4 MB in f16, nearly all of it Z. Where a file system has huge
+    // pages, each end of what is read brings one of 2 MB.
+    assert!(resident < 20_000, "{resident} kB are resident");
     adapter
         .values(&Selection::All, ApplyTo::Both, DType::F16)
         .unwrap();

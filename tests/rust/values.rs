@@ -174,9 +174,13 @@ fn the_origin_of_values_is_the_sha256_of_the_adapter_file() {
     let path = folder.path().join("adapter.safetensors");
     let in_memory = small().adapter().unwrap();
     in_memory.save(&path).unwrap();
-    let output = std::process::Command::new("sha256sum")
-        .arg(&path)
-        .output()
+    // By the name of Linux or that of other systems.
+    let run = |program: &str, options: &[&str]| {
+        let mut command = std::process::Command::new(program);
+        command.args(options).arg(&path).output()
+    };
+    let output = run("sha256sum", &[])
+        .or_else(|_| run("shasum", &["-a", "256"]))
         .unwrap();
     let expected = String::from_utf8(output.stdout).unwrap();
     for adapter in [in_memory, vmix::Adapter::open(&path).unwrap()] {
