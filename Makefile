@@ -18,6 +18,9 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 COMFY_VENV ?= target/comfy-venv/$(notdir $(COMFYUI_PATH))
 COMFY_PY := $(COMFY_VENV)/bin/python
 
+# Without it every test process compiles torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help setup test test-rust test-python test-c test-full test-kernels test-asan test-tsan test-slow \
 	test-wheel test-oldest test-extras test-comfy test-arm test-miri fuzz lint demo demo-report release-native \
 	bench bench-c bench-attention bench-comfy bench-train headers wheel install requirements clean

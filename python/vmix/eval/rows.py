@@ -205,9 +205,8 @@ def rows_of_file(path: Path, base: str | None) -> Comparison:
         raise EvalError(f"--rows {path}: {one_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("rows"), list):
         raise EvalError(f"--rows {path}: expected `rows:` with a list of them")
-    problems = [
-        f"there is no {key!r} beside rows" for key in content.keys() - {"base", "rows", "tables"}
-    ]
+    unknown = sorted(content.keys() - {"base", "rows", "tables"})
+    problems = [f"there is no {key!r} beside rows" for key in unknown]
     default = base or content.get("base")
     if default is not None and base is None:
         default = _place(path.parent, str(default))
