@@ -366,8 +366,9 @@ def test_training_starts_from_what_init_makes(pipeline: Path, data: Path, tmp_pa
         ids = base.pipe.tokenizer(text, padding="max_length", max_length=TOKENS).input_ids
         end = ids.index(base.pipe.tokenizer.eos_token_id)
         assert ids.count(ids[end]) > 1 or end == TOKENS - 1
-        # another order of sums in float32, over two blocks
-        torch.testing.assert_close(row, base.text([text])[0][0, end], rtol=1e-5, atol=1e-5)
+        # Another order of sums in float32, over two blocks, on numbers of about 1; those of another
+        # text are 1 apart.
+        torch.testing.assert_close(row, base.text([text])[0][0, end], rtol=1e-5, atol=5e-5)
     layers = [name for name in tensors if name.endswith(".to_v_aes.weight")]
     assert len(layers) == 4
     for name in layers:

@@ -171,6 +171,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(
 # --- FSDP ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_fsdp_is_one_process(pipeline: Path, data: Path, one: Path, tmp_path: Path) -> None:
     """From the checkpoint of one process, to one that a single process goes on from."""
     shared, alone = stopped_at_two(one, tmp_path / "fsdp"), tmp_path / "alone"

@@ -967,7 +967,7 @@ def test_the_report_comes_before_the_first_step(
 def test_older_checkpoints_are_forgotten(base: Path, images: Path, tmp_path: Path) -> None:
     def left(limit: int) -> list[int]:
         out = tmp_path / str(limit)
-        more = ["--checkpointing_steps=1", "--max_train_steps=4"]
+        more = ["--checkpointing_steps=1", "--max_train_steps=4", "--rank=0"]
         train(base, images, out, f"--checkpoints_total_limit={limit}", *more)
         return sorted(int(path.name[11:]) for path in out.glob("checkpoint-*"))
 
@@ -1004,7 +1004,7 @@ def test_a_filled_cache_needs_no_encoders(
 ) -> None:
     cache = f"--cache_dir={tmp_path / 'cache'}"
     counted = Counted(monkeypatch)
-    few = "--max_train_steps=1"
+    few = ("--max_train_steps=1", "--rank=0")
     first = train(base, copied, tmp_path / "first", cache, "--max_train_steps=5")
     assert counted.since() == (COUNT, 4 + 1), "ten images, four captions, and the empty one"
 
@@ -1017,7 +1017,7 @@ def test_a_filled_cache_needs_no_encoders(
     numbers = count()
 
     def encoded(where: Path = copied, start: Path = base) -> tuple[int, int]:
-        train(start, where, tmp_path / f"again-{next(numbers)}", cache, few)
+        train(start, where, tmp_path / f"again-{next(numbers)}", cache, *few)
         return counted.since()
 
     path = tiny_image(copied, 3)
@@ -1030,7 +1030,7 @@ def test_a_filled_cache_needs_no_encoders(
     listing = copied / "metadata.jsonl"
     listing.write_text(listing.read_text().replace("a dog 2", "a fox"))
     assert encoded() == (0, 1), "a caption that changed"
-    train(base, copied, tmp_path / "shape", cache, few, "--resolution=8")
+    train(base, copied, tmp_path / "shape", cache, *few, "--resolution=8")
     assert counted.since() == (COUNT, 0), "another shape"
 
     moved = Path(shutil.copytree(base, tmp_path / "moved"))
@@ -1085,6 +1085,7 @@ def test_curves(base: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     more = ["--lr_scheduler=linear", "--validation_steps=2", "--validation_inference_steps=1"]
     more += ["--report_to=tensorboard", "--validation_prompt=a dog", "--max_train_steps=5"]
+    more += ["--rank=0"]
     flags = [flag for flag in argv(base, images, out, *more) if flag != "--report_to=none"]
     main([flag for flag in flags if flag != "--report_to=tensorboard"])  # it is the default
     (events,) = (path.parent for path in (out / "logs").rglob("events.*"))
@@ -1099,7 +1100,7 @@ def test_curves(base: Path, images: Path, tmp_path: Path) -> None:
     assert [image.step for image in curves.Images("validation")] == [0, 2, 4, 5]
     with Image.open(io.BytesIO(curves.Images("validation")[-1].encoded_image_string)) as image:
         assert np.array_equal(image, Image.open(out / "validation" / "step-000005.png"))
-    train(base, images, tmp_path / "none", "--max_train_steps=1")
+    train(base, images, tmp_path / "none", "--max_train_steps=1", "--rank=0")
     assert not (tmp_path / "none" / "logs").exists()
 
 

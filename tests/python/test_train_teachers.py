@@ -24,8 +24,9 @@ from vmix.train.teachers import Distillation
 PROMPTS = ("a dog", "a {words} cat", "a cow")
 PAIRS = {"vibrant color": "red", "sharp focus": {"positive": "sharp", "negative": "blurred"}}
 SCALES = {"vibrant color": (1.5, 0.0), "sharp focus": (2.0, -1.0)}
-CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 1e-5}
-"""Sums of f32 predictions of size 1, in another order."""
+CLOSE: dict[str, float] = {"rtol": 1e-4, "atol": 5e-5}
+"""Sums of f32 predictions of size 1, in another order: some 30 roundings of 6e-8, of several
+predictions, and room for other processors. What teachers change is 0.01 and more."""
 SAMPLED: dict[str, float] = {"rtol": 1e-4, "atol": 2e-4}
 """Samples from batches of another size: guidance 7.5 and the division by √ᾱ in the first step
 magnify the rounding of a prediction some 200 times. Samples of other noise are 4 apart."""
@@ -178,10 +179,11 @@ def test_resume_is_bit_exact(base: Path, folder: Path, tmp_path: Path, objective
 
 def test_more_pictures_join_those_that_are_there(base: Path, folder: Path, tmp_path: Path) -> None:
     few, many = tmp_path / "few", tmp_path / "many"
-    main(arguments(base, folder, few, "text-pairs", "--train_batch_size=3"))
+    once = ("--train_batch_size=3", "--max_train_steps=1")
+    main(arguments(base, folder, few, "text-pairs", *once))
     before = samples(few)
     assert len(before) == 2 * len(PROMPTS)
-    again = ("--samples_per_prompt=7", "--train_batch_size=3")
+    again = ("--samples_per_prompt=7", *once)
     main(arguments(base, folder, many, "text-pairs", *again))
     shutil.copytree(few / "cache", tmp_path / "grown" / "cache")
     main(arguments(base, folder, tmp_path / "grown", "text-pairs", *again))
@@ -198,9 +200,9 @@ def test_what_the_base_predicts_makes_other_pictures(
 ) -> None:
     out = tmp_path / "out"
     for number, kind in enumerate(("epsilon", "v_prediction"), 1):
-        main(arguments(base, folder, out, "text-pairs", f"--prediction_type={kind}"))
-        shutil.rmtree(out / "checkpoint-4")
-        shutil.rmtree(out / "checkpoint-2")
+        once = (f"--prediction_type={kind}", "--max_train_steps=1")
+        main(arguments(base, folder, out, "text-pairs", *once))
+        shutil.rmtree(out / "checkpoint-1")
         assert len(list(out.glob("cache/samples-*"))) == number
 
 
@@ -210,10 +212,11 @@ def test_pictures_of_a_resumed_run_are_the_bases(
 ) -> None:
     """Not those of the LoRA that it has trained."""
     out, given = tmp_path / "out", ("--rank=2", "--lora_learning_rate=0.5")
-    main(arguments(base, folder, out, objective, *given, "--max_train_steps=2"))
+    main(arguments(base, folder, out, objective, *given, "--max_train_steps=1"))
     before = samples(out)
     shutil.rmtree(out / "cache")
-    main(arguments(base, folder, out, objective, *given, "--resume_from_checkpoint=latest"))
+    given = (*given, "--max_train_steps=2", "--resume_from_checkpoint=latest")
+    main(arguments(base, folder, out, objective, *given))
     after = samples(out)
     assert after.keys() == before.keys()
     assert all(torch.equal(after[key], picture) for key, picture in before.items())
