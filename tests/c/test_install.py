@@ -209,7 +209,12 @@ int main(int argc, char **argv) {
 def run(*command: str | Path, **environment: str) -> str:
     """What a command prints; with all that it said where it fails."""
     done = subprocess.run(
-        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        command,
+        env={**os.environ, **environment},
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",  # pkg-config puts a backslash before each byte of an umlaut
+        check=False,
     )
     assert done.returncode == 0, f"{shlex.join(map(str, command))}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -338,7 +343,7 @@ def test_pkg_config_names_what_rust_needs(installed: Path, tmp_path: Path) -> No
     asked = ["--print", "native-static-libs", "--crate-type", "staticlib"]
     out = tmp_path / "empty.a"
     done = subprocess.run(
-        ["rustc", *asked, "-o", out, tmp_path / "empty.rs"],
+        [tool("rustc"), *asked, "-o", out, tmp_path / "empty.rs"],
         capture_output=True,
         text=True,
         check=True,
