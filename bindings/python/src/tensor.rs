@@ -136,6 +136,18 @@ fn refuse(name: &str, expected: &str, found: &str) -> PyErr {
     VMixError::new_err(format!("{name}: expected {expected}, found {found}"))
 }
 
+/// Takes the tensor without a copy.
+fn import(object: &Bound<'_, PyAny>) -> PyResult<ImportedDlpack> {
+    from_dlpack(object.as_borrowed(), None, None).or_else(|error| {
+        // Before torch 2.9 and numpy 2.1, `__dlpack__` takes no `max_version`.
+        if !error.is_instance_of::<PyTypeError>(object.py()) {
+            return Err(error);
+        }
+        let capsule = object.call_method0("__dlpack__")?;
+        from_dlpack(capsule.as_borrowed(), None, None)
+    })
+}
+
 impl Borrowed {
     /// `name` is what messages call it.
     pub fn new(name: &str, object: &Bound<'_, PyAny>) -> PyResult<Self> {
@@ -163,7 +175,7 @@ impl Borrowed {
             };
             return Err(refuse("a tensor on the CPU (call .cpu())", &found));
         }
-        let imported = from_dlpack(object.as_borrowed(), None, None).map_err(|e| {
+        let imported = import(object).map_err(|e| {
             refuse(
                 "a tensor that DLPack can share",
                 &e.value(object.py()).to_string(),

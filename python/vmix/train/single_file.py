@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from vmix import loading
-from vmix._native import clip_merges
+from vmix._native import VMixError, clip_merges
+from vmix._native import open as open_vmix
 from vmix.loading import WeightsError
 from vmix.train.errors import TrainingError
 
@@ -205,8 +206,15 @@ def _header(path: Path) -> Shapes:
                         f"{path}: quantised weights ({name}, {kind}); expected plain ones"
                     )
             return {name: tensor.get_shape() for name, tensor in tensors.items()}
-    except (SafetensorError, OSError) as error:
-        raise TrainingError(f"{path}: no whole safetensors file: {error}") from error
+    except SafetensorError as error:
+        # Our own reader tells web pages, LFS pointers and pickles apart, and how many bytes are missing.
+        try:
+            open_vmix(path)
+        except VMixError as named:
+            raise TrainingError(str(named)) from error
+        raise TrainingError(f"{path}: not a safetensors file: {error}") from error
+    except OSError as error:
+        raise TrainingError(f"{path}: {error}") from error
 
 
 def _kind(path: Path, shapes: Shapes) -> str:
