@@ -301,6 +301,7 @@ def block(path: Path) -> None:
     path.mkdir()
 
 
+@pytest.mark.full
 def test_a_disk_that_fails_the_main_process_ends_both(
     pipeline: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -348,6 +349,7 @@ class Late:
             Denoising.prepare = late
 
 
+@pytest.mark.full
 def test_processes_fill_a_cache_together(
     pipeline: Path, data: Path, one: Path, tmp_path: Path
 ) -> None:

@@ -1235,7 +1235,7 @@ def test_the_lora_in_diffusers(run: Run, base: Path) -> None:
     torch.testing.assert_close(after, trained, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+@pytest.mark.parametrize("kind", ["sd15", pytest.param("sdxl", marks=pytest.mark.full)])
 def test_diffusers_takes_every_layer_of_the_lora(kind: str, tmp_path: Path) -> None:
     """With the names of the real bases, narrow ones; ComfyUI's side is in tests/comfy."""
     import diffusers
