@@ -23,7 +23,7 @@ import yaml
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tiny_training import PRELOADED, tiny_pipeline
+from tiny_training import PRELOADED, tiny_pipeline, tiny_tokenizer
 from torch import nn
 from torch.distributed import TCPStore
 from vmix import Adapter, measures
@@ -567,24 +567,14 @@ SIDE, CONTEXT = 32, 16
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CLIP in transformers' layout, with ViT-L/14's width of features."""
-    import string
-
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        CLIPProcessor,
-        CLIPTokenizer,
-    )
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     folder = tmp_path_factory.mktemp("clip")
-    letters = list(string.ascii_lowercase + string.digits + string.punctuation)
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
+    tokenizer = tiny_tokenizer(CONTEXT)
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     part = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4, "initializer_factor": 10.0}  # fmt: skip
-    text = {"vocab_size": len(words), "max_position_embeddings": CONTEXT,
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT,
             "bos_token_id": start, "eos_token_id": end, "pad_token_id": end}  # fmt: skip
     torch.manual_seed(0)
     config = CLIPConfig(
@@ -594,7 +584,6 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     CLIPModel(config).save_pretrained(folder)
     size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
-    tokenizer: Any = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=CONTEXT)
     processor: Any = CLIPProcessor(CLIPImageProcessor(**size), tokenizer)
     processor.save_pretrained(folder)
     return folder
@@ -632,10 +621,12 @@ def test_clip_score_is_that_of_torchmetrics(clip: Path, tmp_path: Path) -> None:
             return self
 
         def get_image_features(self, *args: Any) -> Any:
-            return getattr(model.get_image_features(*args), "pooler_output", None)
+            features = model.get_image_features(*args)
+            return getattr(features, "pooler_output", features)
 
         def get_text_features(self, *args: Any) -> Any:
-            return getattr(model.get_text_features(*args), "pooler_output", None)
+            features = model.get_text_features(*args)
+            return getattr(features, "pooler_output", features)
 
     paths = noise(tmp_path, 3, 40)
     texts = ["a dog", "x", "b c d"]

@@ -9,7 +9,6 @@ import os
 import pickle
 import shutil
 import signal
-import string
 import subprocess
 import sys
 import tarfile
@@ -23,6 +22,7 @@ import pytest
 import torch
 from PIL import Image, ImageColor
 from scipy.stats import mannwhitneyu, spearmanr
+from tiny_training import tiny_tokenizer
 from vmix.dataset import read_dataset
 from vmix.label import pixels, scoring, sheet
 from vmix.label.command import main
@@ -712,17 +712,10 @@ def test_measures_see_the_looks_that_the_demo_draws(
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny CLIP with the width of ViT-L/14's embeddings, and a head for them."""
-    from transformers import (
-        CLIPConfig,
-        CLIPImageProcessor,
-        CLIPModel,
-        CLIPProcessor,
-        CLIPTokenizer,
-    )
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
     folder = tmp_path_factory.mktemp("weights") / "tiny"
-    letters = list(string.ascii_lowercase + string.punctuation)
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = tiny_tokenizer()
     tower = {
         "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "initializer_factor": 5.0,
@@ -731,16 +724,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = CLIPModel(
         CLIPConfig(
             text_config={
-                **tower, "vocab_size": len(words), "bos_token_id": len(words) - 2,
-                "eos_token_id": len(words) - 1, "pad_token_id": len(words) - 1,
+                **tower, "vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id,
+                "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
             },
             vision_config={**tower, "image_size": 32, "patch_size": 8},
             projection_dim=768,
         )
     )  # fmt: skip
-    tokenizer = CLIPTokenizer(
-        vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77
-    )
     size = {"height": 32, "width": 32}
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
     model.save_pretrained(folder)

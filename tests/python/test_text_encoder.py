@@ -616,6 +616,12 @@ def only_a_pickle(path: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
+def bad_tokenizer(path: Path) -> None:
+    for name in ("vocab.json", "merges.txt"):  # which version 4 of transformers writes too
+        (path / "tokenizer" / name).unlink(missing_ok=True)
+    (path / "tokenizer" / "tokenizer.json").write_text("]")
+
+
 INDEX = "text_encoder/model.safetensors.index.json"
 CONFIG = "text_encoder/config.json: expected the configuration of a CLIP text model, found"
 BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -632,10 +638,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a folder": (point_to(".."), "is a directory"),
     "an absent file": (point_to("absent"), "text_encoder/absent: No such file"),
     "no configuration": (write("text_encoder/config.json", "{"), f"{CONFIG} EOF"),
-    "a bad tokenizer": (
-        write("tokenizer/tokenizer.json", "]"),
-        "tokenizer/tokenizer.json: expected",
-    ),
+    "a bad tokenizer": (bad_tokenizer, "tokenizer/tokenizer.json: expected"),
     "an activation": (configure(hidden_act="relu"), f"{CONFIG} unknown variant `relu`"),
     "no heads": (configure(num_attention_heads=0), f"{CONFIG} 0 heads for a width of 32"),
     "odd heads": (configure(num_attention_heads=5), f"{CONFIG} 5 heads for a width of 32"),

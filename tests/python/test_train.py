@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import string
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_training import tiny_tokenizer
 from vmix import Adapter, init_adapter
 from vmix.dataset import Example
 from vmix.train.base import Base
@@ -58,18 +58,11 @@ ATTENTION = {
 
 
 def _text(width: int, projection: bool = False) -> tuple[Any, Any]:
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModel,
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    letters = list(string.ascii_lowercase + string.digits + string.punctuation)
-    words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = tiny_tokenizer(TOKENS)
     config = CLIPTextConfig(
-        vocab_size=len(words),
+        vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
@@ -77,12 +70,12 @@ def _text(width: int, projection: bool = False) -> tuple[Any, Any]:
         initializer_factor=10.0,  # by default all texts have nearly the same feature
         max_position_embeddings=TOKENS,
         projection_dim=width,
-        bos_token_id=vocabulary["<|startoftext|>"],
-        eos_token_id=vocabulary["<|endoftext|>"],
-        pad_token_id=vocabulary["<|endoftext|>"],
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config)
-    return model, CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS)
+    return model, tokenizer
 
 
 def _pipeline(folder: Path, prediction_type: str, xl: bool = False) -> Path:

@@ -12,6 +12,7 @@ import multiprocessing.forkserver
 import os
 import string
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -48,21 +49,32 @@ _server: Any = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(PRELOADED)
 
 
-def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> Path:
-    multiprocessing.forkserver.ensure_running()  # which imports meanwhile
-    import diffusers
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def tiny_tokenizer(length: int = TOKENS) -> Any:
+    """CLIP's, of single letters; from files, which every version of transformers takes."""
+    from transformers import CLIPTokenizer
 
-    torch.manual_seed(0)
     letters = list(string.ascii_lowercase + string.digits + string.punctuation)
     words = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: number for number, word in enumerate(words)}
-    end = vocabulary["<|endoftext|>"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "vocab.json").write_text(json.dumps(vocabulary))
+        Path(folder, "merges.txt").write_text("#version: 0.2\n")
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=length)
+
+
+def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> Path:
+    multiprocessing.forkserver.ensure_running()  # which imports meanwhile
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     config = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=TOKENS, projection_dim=32,
         initializer_factor=10.0,  # by default all texts have nearly the same feature
-        bos_token_id=vocabulary["<|startoftext|>"], eos_token_id=end, pad_token_id=end,
+        bos_token_id=start, eos_token_id=end, pad_token_id=end,
     )  # fmt: skip
     pipe = diffusers.StableDiffusionPipeline(
         vae=diffusers.AutoencoderKL(
@@ -71,7 +83,7 @@ def tiny_pipeline(folder: Path, prediction_type: str = "epsilon") -> Path:
             scaling_factor=5.0,  # to latents with a deviation of about 1, as a trained one gives
         ),
         text_encoder=CLIPTextModel(config),
-        tokenizer=CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=TOKENS),
+        tokenizer=tokenizer,
         unet=diffusers.UNet2DConditionModel(
             sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8,
             down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
