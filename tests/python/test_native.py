@@ -227,6 +227,26 @@ def test_attention_is_the_two_branches(dtype: Any, tolerance: float, chunks: int
     assert torch.equal(off, torch.from_dlpack(vmix.attention(q, k, v, torch.zeros_like(a), 1, 3)))
 
 
+class Unversioned:
+    """A tensor as torch before 2.9 and numpy before 2.1 offer it: without `max_version`."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __dlpack__(self, stream: Any = None) -> Any:
+        return self.tensor.__dlpack__()
+
+    def __dlpack_device__(self) -> Any:
+        return self.tensor.__dlpack_device__()
+
+
+def test_tensors_of_older_libraries_come_in() -> None:
+    q, a = torch.randn(1, 5, 8), torch.randn(1, 5, 8)
+    found = vmix.attention(*map(Unversioned, (q, q, q, a)), 1.0, 2)
+    expected = vmix.attention(q, q, q, a, 1.0, 2)
+    assert torch.equal(torch.from_dlpack(found), torch.from_dlpack(expected))
+
+
 def test_tensors_come_in_strided_and_from_numpy() -> None:
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(2))
     q = draw(4, 2, 12).transpose(0, 1)

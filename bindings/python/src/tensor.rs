@@ -137,7 +137,7 @@ fn refuse(name: &str, expected: &str, found: &str) -> PyErr {
 }
 
 /// Takes the tensor without a copy.
-fn import(object: &Bound<'_, PyAny>) -> PyResult<ImportedDlpack> {
+fn share(object: &Bound<'_, PyAny>) -> PyResult<ImportedDlpack> {
     from_dlpack(object.as_borrowed(), None, None).or_else(|error| {
         // Before torch 2.9 and numpy 2.1, `__dlpack__` takes no `max_version`.
         if !error.is_instance_of::<PyTypeError>(object.py()) {
@@ -175,7 +175,7 @@ impl Borrowed {
             };
             return Err(refuse("a tensor on the CPU (call .cpu())", &found));
         }
-        let imported = import(object).map_err(|e| {
+        let imported = share(object).map_err(|e| {
             refuse(
                 "a tensor that DLPack can share",
                 &e.value(object.py()).to_string(),
