@@ -182,7 +182,7 @@ class Checkpoints:
             made = "with" if before["use_8bit_adam"] else "without"
             raise TrainingError(f"{folder} was made {made} --use_8bit_adam, go on {made} it")
         changed = [
-            f"{key} {before[key]} → {value}"
+            f"{key} {before[key]} -> {value}"
             for key, value in self.settings.items()
             if key in before and before[key] != value
         ]
