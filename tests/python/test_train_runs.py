@@ -734,8 +734,8 @@ def test_what_a_checkpoint_cannot_go_on_with(
     capfd.readouterr()
     train(base, copied, out, LATEST, "--max_train_steps=4", "--gradient_accumulation_steps=2")
     told = capfd.readouterr().out
-    assert re.search(r"data 10 images \(\w{8}\) → 10 images \(\w{8}\)", told)
-    assert "examples a step 2 → 4" in told
+    assert re.search(r"data 10 images \(\w{8}\) -> 10 images \(\w{8}\)", told)
+    assert "examples a step 2 -> 4" in told
 
 
 def test_the_base_beside_a_fine_tuned_one_is_the_base(
