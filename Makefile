@@ -97,7 +97,7 @@ test-kernels:
 
 test-asan: fuzz/target/ready .venv/dev ## AddressSanitizer: C hosts, attention, V_a, 15 s of fuzzing
 	$(PY) -m pytest -m full -k address_sanitizer -rs tests/c
-	fuzz/cargo.sh test --test attention --test values
+	PROPTEST_CASES=64 fuzz/cargo.sh test --test attention --test values
 	fuzz/run.sh 15
 
 test-tsan: target/tsan/ready .venv/dev
