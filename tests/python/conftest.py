@@ -1,5 +1,5 @@
 """One thread for each test process: most models here are so small that sharing out their work takes
-longer than doing it, and several tests run at a time. No GPU, so that all machines compute alike."""
+longer than doing it, and several tests run at a time. No GPU: all machines compute alike."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def _header(path: Path) -> Shapes:
                     )
             return {name: tensor.get_shape() for name, tensor in tensors.items()}
     except SafetensorError as error:
-        # Our own reader tells web pages, LFS pointers and pickles apart, and how many bytes are missing.
+        # Our own reader names web pages, LFS pointers and pickles, and counts missing bytes.
         try:
             open_vmix(path)
         except VMixError as named:
