@@ -115,12 +115,12 @@ test-oldest: .venv/dev
 	.venv/bin/uv venv --quiet --allow-existing --python $(PYTHON) target/oldest
 	.venv/bin/uv pip install --quiet --python target/oldest/bin/python -r pyproject.toml --extra dev \
 		--constraints tests/oldest.txt
-	PYTHONPATH=python target/oldest/bin/python -m pytest -n 2 --dist loadfile tests/python
+	PYTHONPATH="$(CURDIR)/python" target/oldest/bin/python -m pytest -n 2 --dist loadfile tests/python
 
 test-extras: .venv/dev ## DeepSpeed and bitsandbytes, which are no requirements, in an environment of their own
 	.venv/bin/uv venv --quiet --allow-existing --python $(PYTHON) target/extras
 	.venv/bin/uv pip install --quiet --python target/extras/bin/python -r requirements-dev.txt deepspeed bitsandbytes ninja
-	PATH="$(CURDIR)/target/extras/bin:$$PATH" PYTHONPATH=python python -m pytest tests/extras
+	PATH="$(CURDIR)/target/extras/bin:$$PATH" PYTHONPATH="$(CURDIR)/python" python -m pytest tests/extras
 
 wheel: ## dist/vmix_adapter-*.whl, for pip install
 	$(PYTHON) -m pip wheel --disable-pip-version-check --no-deps --wheel-dir dist .
