@@ -30,12 +30,11 @@ help: ## this list
 
 # The demo's packages install beside the compiler, which needs one of the cores at most times.
 setup: ## the native module, and the Python packages that the demo needs
-	@echo "setup: compiling the native module; installing torch and diffusers into .venv beside it"
 	@$(MAKE) --no-print-directory -j2 .venv/ready python/vmix/_native.abi3.so
-	@echo "setup: done"
 
 # With the versions that tests use. `train` brings the figures' and pictures' packages along.
 .venv/ready: requirements-dev.txt pyproject.toml
+	@echo "setup: installing torch and diffusers into .venv, 6 GB"
 	$(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check uv
 	$(UV) -r pyproject.toml --extra train --constraints requirements-dev.txt
@@ -44,6 +43,7 @@ setup: ## the native module, and the Python packages that the demo needs
 	@touch $@
 
 python/vmix/_native.abi3.so: $(RUST_SOURCES)
+	@echo "setup: compiling the native module"
 	cargo build --locked -p vmix-python
 	# Renamed into place: a module that a running process has mapped must not change.
 	cp target/debug/lib_native.$(NATIVE) $@.new && mv $@.new $@
