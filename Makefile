@@ -30,13 +30,18 @@ help: ## this list
 
 # The demo's packages install beside the compiler, which needs one of the cores at most times.
 setup: ## the native module, and the Python packages that the demo needs
-	@$(MAKE) --no-print-directory -j2 .venv/ready python/vmix/_native.abi3.so
+	@(while sleep 50 >/dev/null 2>&1; do echo "setup: $$(du -sm .venv 2>/dev/null | cut -f1) MB of packages," \
+		"$$(ls target/debug/deps/*.d 2>/dev/null | wc -l) of some 200 crates so far"; done) & \
+		trap "kill $$!" EXIT; \
+		$(MAKE) --no-print-directory -j2 .venv/ready python/vmix/_native.abi3.so
+
+.venv/bin/uv:
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check uv
 
 # With the versions that tests use. `train` brings the figures' and pictures' packages along.
-.venv/ready: requirements-dev.txt pyproject.toml
+.venv/ready: requirements-dev.txt pyproject.toml | .venv/bin/uv
 	@echo "setup: installing torch and diffusers into .venv, 6 GB"
-	$(PYTHON) -m venv --clear .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check uv
 	$(UV) -r pyproject.toml --extra train --constraints requirements-dev.txt
 	echo "$(CURDIR)/python" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vmix.pth"
 	@echo "setup: the Python packages are installed"
@@ -49,7 +54,7 @@ python/vmix/_native.abi3.so: $(RUST_SOURCES)
 	cp target/debug/lib_native.$(NATIVE) $@.new && mv $@.new $@
 	@echo "setup: the native module is compiled"
 
-# What tests and linters need beyond the demo. A new .venv comes without it.
+# What tests and linters need beyond the demo.
 .venv/dev: requirements-dev.txt pyproject.toml | setup
 	@echo "setup: installing the packages of tests and linters into .venv"
 	$(UV) -r requirements-dev.txt
@@ -59,11 +64,11 @@ test: .venv/dev test-rust test-python test-c ## what tells that a change is righ
 
 # Unit, property and documentation tests, the headers' among them; and libvmix, for the C hosts.
 CARGO_TESTS := --locked --workspace --features vmix-adapter/headers
-test-rust:
+test-rust: ## unit, property and documentation tests of the crate
 	cargo build $(CARGO_TESTS) --all-targets
 	cargo test $(CARGO_TESTS)
 
-test-python: .venv/dev
+test-python: .venv/dev ## the Python suite
 	$(PY) -m pytest -n 2 --dist loadfile
 
 test-c: .venv/dev test-rust ## the C library's hosts, its headers, its installation
@@ -89,7 +94,7 @@ test-miri: ## some of attention and mixing under Miri; needs a nightly Rust
 test-full: test test-kernels test-asan test-tsan test-slow test-wheel test-oldest ## all that this machine can prove
 
 # Every test of attention with each kernel as the one that is chosen.
-test-kernels:
+test-kernels: ## attention with each kernel that this processor has
 	for kernel in plain portable $$(grep -ow -m1 avx2 /proc/cpuinfo) $$(grep -ow -m1 avx512f /proc/cpuinfo | sed s/f//); do \
 		echo "kernel: $$kernel"; \
 		VMIX_KERNEL=$$kernel cargo test $(CARGO_TESTS) --test integration attention -q || exit 1; \
@@ -97,21 +102,21 @@ test-kernels:
 
 test-asan: fuzz/target/ready .venv/dev ## AddressSanitizer: C hosts, attention, V_a, 15 s of fuzzing
 	$(PY) -m pytest -m full -k address_sanitizer -rs tests/c
-	PROPTEST_CASES=64 fuzz/cargo.sh test --test attention --test values
+	fuzz/cargo.sh test --test attention --test values
 	fuzz/run.sh 15
 
-test-tsan: target/tsan/ready .venv/dev
+test-tsan: target/tsan/ready .venv/dev ## ThreadSanitizer: eight threads on one adapter
 	$(PY) -m pytest -m full -k thread_sanitizer -rs tests/c
 
 # The trainer's killed and distributed runs, and shapes of full size.
-test-slow: .venv/dev
+test-slow: .venv/dev ## tests marked `full`: killed and distributed training, full-size shapes
 	$(PY) -m pytest -m full -k 'not sanitizer' -n 2 --dist loadfile -rs tests/python tests/comfy tests/c
 
 test-wheel: .venv/dev ## the wheel in an empty environment of each Python from 3.10 to 3.13 that is installed
 	tests/wheel.sh
 
 # The Python suite with the oldest versions that pyproject.toml allows.
-test-oldest: .venv/dev
+test-oldest: .venv/dev ## the Python suite with the oldest packages that pyproject.toml allows
 	.venv/bin/uv venv --quiet --allow-existing --python $(PYTHON) target/oldest
 	.venv/bin/uv pip install --quiet --python target/oldest/bin/python -r pyproject.toml --extra dev \
 		--constraints tests/oldest.txt
@@ -209,7 +214,7 @@ $(CAPI)/libvmix.a: $(RUST_SOURCES)
 install: $(CAPI)/libvmix.a ## the C library, headers, vmix.pc and CMake package, into PREFIX
 	PREFIX="$(PREFIX)" PROFILE="$(CAPI)" packaging/install.sh
 
-requirements: .venv/dev ## pins the newest versions of everything in requirements-dev.txt
+requirements: .venv/bin/uv ## pins the newest versions of everything in requirements-dev.txt
 	.venv/bin/uv pip compile --quiet --universal --upgrade --extra dev --python-version 3.11 \
 		--no-emit-package vmix-adapter pyproject.toml -o requirements-dev.txt
 

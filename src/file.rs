@@ -256,8 +256,18 @@ impl File {
     }
 }
 
+/// Longest header that the safetensors crate reads.
+const LONGEST_HEADER: u64 = 100_000_000;
+
 /// What a file is that people mistake for a safetensors file, by its first bytes.
-pub fn mistaken_for(bytes: &[u8]) -> Option<&'static str> {
+fn mistaken_for(bytes: &[u8]) -> Option<&'static str> {
+    // A length that may be one is believed, whatever letters its bytes are.
+    let length = bytes
+        .first_chunk::<8>()
+        .map(|first| u64::from_le_bytes(*first));
+    if length.is_some_and(|length| length <= LONGEST_HEADER) {
+        return None;
+    }
     let begins = |magic: &[u8]| {
         bytes
             .get(..magic.len())

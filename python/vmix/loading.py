@@ -19,7 +19,7 @@ import torch
 __all__ = ["WeightsError", "check_lora", "lack", "load_model", "load_pipeline"]
 
 SHOWN = 3
-LORA = re.compile(r"(lora_A(\.\w+)?|lora_down|[._]down)\.weight$")
+LORA = re.compile(r"(lora_A(\.\w+)?|[._]down)\.weight$")
 """One tensor of every layer of a LoRA, as diffusers, peft or kohya name it."""
 
 
@@ -49,25 +49,20 @@ def load_model(kind: Any, folder: str | Path, *, subfolder: str = "", **options:
         **options,
     )
     model, info = loaded
-    what = f"{subfolder or Path(place).name} ({kind.__name__})"
     misshapen = sorted(info["mismatched_keys"])
     if misshapen:
         name, found, expected = misshapen[0]
         raise WeightsError(
-            f"{place}: {what} has {len(misshapen)} weights of another shape, such as {name}: "
-            f"expected {list(expected)}, found {list(found)}"
+            f"{place}: {len(misshapen)} weights of {kind.__name__} have another shape, "
+            f"such as {name}: expected {list(expected)}, found {list(found)}"
         )
     state = model.state_dict()
     # Some versions of transformers leave such weights without memory, and do not list them.
     missing = {*info["missing_keys"], *(name for name, tensor in state.items() if tensor.is_meta)}
     if missing:
-        library = importlib.import_module("transformers" if by_transformers else "diffusers")
-        hint = (
-            f"They may have been saved by another version of {library.__name__} "
-            f"({library.__version__} is installed)"
-        )
-        lacking = lack(what, missing, len(state), info["unexpected_keys"])
-        raise WeightsError(f"{place}: {lacking}. {hint}")
+        unknown = info["unexpected_keys"]
+        lacking = lack(kind.__name__, missing, len(state), unknown)
+        raise WeightsError(f"{place}: {lacking}{_hint(by_transformers) if unknown else ''}")
     return model
 
 
@@ -95,13 +90,21 @@ def load_pipeline(
 
 
 def lack(what: str, missing: Iterable[str], total: int, unknown: Iterable[str] = ()) -> str:
-    """The part of a sentence that says which of so many weights there are none for.
-
-    `unknown` are those that a file has beside, perhaps the same under other names.
-    """
+    """What a model lacks; `unknown` are weights that its file has beside."""
     names, others = sorted(missing), sorted(unknown)
-    said = f"{what} finds none for {len(names)} of its {total} weights: {_some(names)}"
-    return f"{said}; it knows none of {len(others)} others: {_some(others)}" if others else said
+    said = f"{len(names)} of the {total} weights of {what} are missing: {_some(names)}"
+    return f"{said}; {len(others)} in the file are unknown: {_some(others)}" if others else said
+
+
+def _hint(by_transformers: bool) -> str:
+    import diffusers
+    import transformers
+
+    library = transformers if by_transformers else diffusers
+    return (
+        f". They may have been saved by another version of {library.__name__} "
+        f"({library.__version__} is installed)"
+    )
 
 
 def check_lora(names: Iterable[str], adapter: str, *modules: Any) -> None:
@@ -120,7 +123,7 @@ def check_lora(names: Iterable[str], adapter: str, *modules: Any) -> None:
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join([*names[:SHOWN], *(["…"] if len(names) > SHOWN else [])])
+    return ", ".join([*names[:SHOWN], *(["..."] if len(names) > SHOWN else [])])
 
 
 def _is_of_transformers(kind: Any) -> bool:

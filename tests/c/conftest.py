@@ -1,4 +1,4 @@
-"""The C library as `make setup` built it, and compilers for its hosts."""
+"""The C library as `make test-rust` built it, and compilers for its hosts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def run(*command: str | Path, **options: object) -> str:
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of libvmix, under the name that programs ask for at run time."""
     built = ROOT / f"target/debug/libvmix.{SUFFIX}"
-    assert built.exists(), "run `make setup` first"
+    assert built.exists(), "run `make test-rust` first"
     folder = tmp_path_factory.mktemp("library")
     for name in (f"libvmix.{SUFFIX}", "libvmix.so.1", "libvmix.1.dylib"):
         (folder / name).symlink_to(built)

@@ -41,7 +41,9 @@ def host() -> str:
 
 def instrumented(path: str) -> Path:
     library = ROOT / path.format(host())
-    assert library.exists(), f"{library.relative_to(ROOT)} is not built; `make test-c` does it"
+    assert library.exists(), (
+        f"{library.relative_to(ROOT)} is not built; `make test-asan` and `make test-tsan` do it"
+    )
     return library
 
 

@@ -243,6 +243,10 @@ def headers() -> Iterator[Case]:
     }
     for name, (content, what) in mistaken.items():
         yield bad(f"is-{name}", content, f"header too large ({what})")
+    # A length of 640 begins like a pickle.
+    yield bad(
+        "length-like-pickle", struct.pack("<Q", 640) + b"{}", "invalid header length (the first"
+    )
     yield bad("followed-by-more", good + b"\0", "incomplete metadata")
     length = {
         "0": (0, "invalid JSON in header: EOF while parsing"),

@@ -109,8 +109,9 @@ def test_names_without_the_models_own_are_read_or_refused(tmp_path: Path) -> Non
         return
     with pytest.raises(WeightsError) as refused:
         load_model(transformers.CLIPTextModel, folder)
-    assert "finds none for 36 of its 36 weights: text_model.embeddings.pos" in str(refused.value)
-    assert "it knows none of 36 others: embeddings.position_embedding.weight" in str(refused.value)
+    said = str(refused.value)
+    assert "36 of the 36 weights of CLIPTextModel are missing: text_model.embeddings.pos" in said
+    assert "36 in the file are unknown: embeddings.position_embedding.weight" in said
 
 
 def test_readmes_snippet_loads_every_weight() -> None:
@@ -143,20 +144,20 @@ def test_the_script_that_writes_the_demo_writes_those_names(tmp_path: Path) -> N
     [
         (
             "text_encoder", renamed,
-            r"text_encoder: text_encoder \(CLIPTextModel\) finds none for 36 of its 36 weights: "
-            r"\S*embeddings.position_embedding.weight, \S+, \S+, …; it knows none of 36 others: "
-            r"model\.\S+, .*another version of transformers \(\S+ is installed\)",
+            r"text_encoder: 36 of the 36 weights of CLIPTextModel are missing: "
+            r"\S*embeddings.position_embedding.weight, \S+, \S+, \.\.\.; "
+            r"36 in the file are unknown: model\.\S+, "
+            r".*another version of transformers \(\S+ is installed\)",
         ),
         (
             "text_encoder", without("final_layer_norm.bias"),
-            r"finds none for 1 of its 36 weights: \S*final_layer_norm.bias\. They may",
+            r"1 of the 36 weights of CLIPTextModel are missing: \S*final_layer_norm.bias$",
         ),
         (
             "unet", without("conv_out.bias"),
-            r"unet: unet \(UNet2DConditionModel\) finds none for 1 of its \d+ weights: "
-            r"conv_out.bias\. .*another version of diffusers",
+            r"unet: 1 of the \d+ weights of UNet2DConditionModel are missing: conv_out.bias$",
         ),
-        ("vae", without(".conv1."), r"vae: vae \(AutoencoderKL\) finds none for \d+ of its"),
+        ("vae", without(".conv1."), r"vae: \d+ of the \d+ weights of AutoencoderKL are missing: "),
     ],
 )  # fmt: skip
 def test_missing_weights_of_a_pipeline_are_named(
@@ -165,7 +166,7 @@ def test_missing_weights_of_a_pipeline_are_named(
     change(copied / part, changed)
     with pytest.raises(TrainingError, match=expected) as refused:
         load_pipeline(str(copied))
-    assert str(refused.value).startswith(f"{copied / part}: {part} (")
+    assert str(refused.value).startswith(f"{copied / part}: ")
     assert "\n" not in str(refused.value)
 
 
@@ -191,11 +192,11 @@ def test_commands_refuse_a_base_with_missing_weights(copied: Path, tmp_path: Pat
     change(copied / "text_encoder", renamed)
     images, out = tiny_images(tmp_path / "images", 2), tmp_path / "out"
     where = re.escape(str(copied / "text_encoder"))
-    with pytest.raises(SystemExit, match=rf"^vmix\.train: {where}: .*36 of its 36 weights"):
+    with pytest.raises(SystemExit, match=rf"^vmix\.train: {where}: 36 of the 36 weights"):
         train(arguments(copied, images, out))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red apple\n")
-    with pytest.raises(SystemExit, match=rf"^vmix eval: the base .*{where}: .*36 of its 36"):
+    with pytest.raises(SystemExit, match=rf"^vmix eval: the base .*{where}: 36 of the 36 weights"):
         evaluate([f"--base={copied}", f"--prompts={prompts}", f"--out={out}", "--weights=/nowhere"])
     assert not list(tmp_path.glob("out/**/*.safetensors"))
 
@@ -209,9 +210,9 @@ def test_the_demo_refuses_a_model_with_missing_weights(
     with pytest.raises(SystemExit) as ended:
         demo.main()
     assert ended.value.code == 2
-    assert "finds none for 36 of its 36 weights" in capsys.readouterr().err
+    assert "36 of the 36 weights of CLIPTextModel are missing" in capsys.readouterr().err
     base: Any = import_module("base")
-    with pytest.raises(WeightsError, match="finds none for 36 of its 36 weights"):
+    with pytest.raises(WeightsError, match="36 of the 36 weights of CLIPTextModel are missing"):
         base.Base.open(copied)
 
 
@@ -224,7 +225,9 @@ def test_a_clip_with_missing_weights_is_refused(tmp_path: Path) -> None:
     )  # fmt: skip
     transformers.CLIPModel(config).save_pretrained(tmp_path)
     change(tmp_path, without("visual_projection"))
-    expected = rf"{tmp_path.name} \(CLIPModel\) finds none for 1 of .*: visual_projection.weight"
+    expected = (
+        rf"{tmp_path.name}: 1 of .* weights of CLIPModel are missing: visual_projection.weight"
+    )
     with pytest.raises(WeightsError, match=expected):
         Clip(tmp_path)
 

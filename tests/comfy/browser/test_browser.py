@@ -1,6 +1,6 @@
 """The node pack in a real ComfyUI with a real browser: sliders and example workflows.
 
-Like every slow test these run only when asked (`make test-comfy`), and need
+Like every test of the full tier these run only when asked (`make test-comfy`), and need
 
 - a ComfyUI in COMFYUI_PATH or ~/comfy/ComfyUI, started with COMFYUI_PYTHON or this Python, and with
   the options in COMFYUI_OPTIONS, such as `--front-end-root` of another frontend;
