@@ -43,8 +43,8 @@ licences = {path.name for path in pathlib.Path(vmix.__file__).parents[1].rglob("
 assert licences == {"LICENSE-MIT", "LICENSE-APACHE", "LICENSE-CLIP"}, licences
 PYTHON
     "$venv/bin/vmix" init --base "$root/comfy_nodes/demo/model" --label "a red apple" --training-free \
-        --out red.safetensors
-    "$venv/bin/vmix" validate red.safetensors
+        --out "red-$version.safetensors"
+    "$venv/bin/vmix" validate "red-$version.safetensors"
     echo "wheel of $("$venv/bin/vmix" --version) on Python $version: used"
     passed=$((passed + 1))
 done
