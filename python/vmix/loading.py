@@ -49,14 +49,18 @@ def load_model(kind: Any, folder: str | Path, *, subfolder: str = "", **options:
         **options,
     )
     model, info = loaded
+    state = model.state_dict()
     misshapen = sorted(info["mismatched_keys"])
     if misshapen:
-        name, found, expected = misshapen[0]
+        # transformers 4.57 lists names; other versions add the shapes, that of the file first.
+        first = misshapen[0]
+        if isinstance(first, str):
+            first = (first, "another", state[first].shape)
+        name, found, expected = first
         raise WeightsError(
             f"{place}: {len(misshapen)} weights of {kind.__name__} have another shape, "
-            f"such as {name}: expected {list(expected)}, found {list(found)}"
+            f"such as {name}: expected {list(expected)}, found {_shown(found)}"
         )
-    state = model.state_dict()
     # Some versions of transformers leave such weights without memory, and do not list them.
     missing = {*info["missing_keys"], *(name for name, tensor in state.items() if tensor.is_meta)}
     if missing:
@@ -94,6 +98,10 @@ def lack(what: str, missing: Iterable[str], total: int, unknown: Iterable[str] =
     names, others = sorted(missing), sorted(unknown)
     said = f"{len(names)} of the {total} weights of {what} are missing: {_some(names)}"
     return f"{said}; {len(others)} in the file are unknown: {_some(others)}" if others else said
+
+
+def _shown(shape: str | Iterable[int]) -> str:
+    return shape if isinstance(shape, str) else str(list(shape))
 
 
 def _hint(by_transformers: bool) -> str:

@@ -176,7 +176,7 @@ def test_shapes_of_another_model_are_named(copied: Path) -> None:
         return {name: t[:-1].clone() if name.endswith(end) else t for name, t in state.items()}
 
     change(copied / "text_encoder", shorter)
-    expected = r"final_layer_norm.bias: expected \[32\], found \[31\]"
+    expected = r"final_layer_norm.bias: expected \[32\], found (\[31\]|another)$"
     with pytest.raises(TrainingError, match=expected):
         load_pipeline(str(copied))
 
