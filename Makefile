@@ -18,7 +18,7 @@ COMFYUI_PATH ?= $(HOME)/comfy/ComfyUI
 COMFY_VENV ?= target/comfy-venv/$(notdir $(COMFYUI_PATH))
 COMFY_PY := $(COMFY_VENV)/bin/python
 
-# Without it every test process compiles torch and transformers anew.
+# With it set, every test process would compile the sources of torch and transformers again.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup test test-rust test-python test-c test-full test-kernels test-asan test-tsan test-slow \
@@ -28,7 +28,7 @@ unexport PYTHONDONTWRITEBYTECODE
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-# The demo's packages install beside the compiler, which needs one of the cores at most times.
+# The demo's packages install while the module compiles.
 setup: ## the native module, and the Python packages that the demo needs
 	@(while sleep 50 >/dev/null 2>&1; do echo "setup: $$(du -sm .venv 2>/dev/null | cut -f1) MB of packages," \
 		"$$(ls target/debug/deps/*.d 2>/dev/null | wc -l) of some 200 crates so far"; done) & \

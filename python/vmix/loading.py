@@ -1,8 +1,8 @@
 """Models with all of their weights, in f32: what the files lack is an error.
 
-transformers and diffusers fill it with random numbers and log that they did, or leave it without
-memory. That comes about unnoticed: transformers 5 names a CLIP text model's tensors otherwise than
-transformers 4 does, which knows none of the new names.
+transformers and diffusers fill missing weights with random numbers and only log it, or leave them on
+the meta device. This happens easily: transformers 5 renamed the tensors of CLIP text models, and
+transformers 4 does not know the new names.
 """
 
 from __future__ import annotations
