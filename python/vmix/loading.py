@@ -1,7 +1,7 @@
 """Models with all of their weights, in f32: what the files lack is an error.
 
-transformers and diffusers fill missing weights with random numbers and only log it, or leave them on
-the meta device. This happens easily: transformers 5 renamed the tensors of CLIP text models, and
+transformers and diffusers fill missing weights with random numbers and only log it, or leave them
+on the meta device. This happens easily: transformers 5 renamed the tensors of CLIP text models, and
 transformers 4 does not know the new names.
 """
 
