@@ -35,7 +35,7 @@
  *   choose labels      vmix_adapter_values; its steps: vmix_adapter_aes_embed, vmix_adapter_project
  *   use V_a            vmix_values_get, vmix_values_copy, vmix_mix_values, vmix_attention
  *   keep it            vmix_values_save
- *   check, free        vmix_adapter_validate, vmix_adapter_free, vmix_values_free
+ *   free               vmix_adapter_free, vmix_values_free
  *   the library        vmix_abi_version, vmix_version, vmix_build_info, vmix_last_error,
  *                      vmix_status_name, vmix_set_num_threads, vmix_num_threads
  *
@@ -54,8 +54,8 @@
  *
  *   Handles (VmixAdapter, VmixValues) are freed with the function of their name, once; NULL is
  *   allowed. Strings and views that a handle lends live as long as the handle, and are not freed.
- *   Whatever a caller passes in is used during the call only. Values do not need the adapter they
- *   were computed from.
+ *   Whatever a caller passes in is used during the call only, files as well: they are read whole.
+ *   Values do not need the adapter they were computed from.
  *
  *   Structs that are passed by pointer begin with struct_size, which the caller sets to sizeof:
  *   `VmixLabel label = {.struct_size = sizeof label}`. All other fields of an input must be set too,
@@ -76,7 +76,8 @@
  *   errors. Dangling pointers, sizes or strides beyond the caller's memory, and outputs that overlap
  *   inputs where the function does not allow it, cannot be seen.
  *   No panic leaves the library; nothing is printed to stdout. vmix_attention(), whose work grows with
- *   its arguments, says when memory is short; elsewhere running out of memory ends the process.
+ *   its arguments, says when memory is short, and so does opening a file for which there is not enough;
+ *   elsewhere running out of memory ends the process.
  *
  * ABI
  *
@@ -116,7 +117,7 @@ typedef struct VmixAdapter VmixAdapter;
  *  `[label_count, context_dim]`, which `out_count` must equal exactly.
  *
  *  `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
- *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE, NOT_FOUND (a file without AesEmb).
  */
 VmixStatus
 vmix_adapter_aes_embed (
@@ -214,12 +215,11 @@ vmix_adapter_metadata (
     char const * * out);
 
 /** \brief
- *  Opens an adapter file by mapping it: header and small tensors are read and checked now, value
- *  weights when they are first used. The file must not be rewritten in place while it is open;
- *  replacing it by renaming is safe.
+ *  Reads an adapter file whole and checks it. The file is not needed afterwards.
  *
  *  `path`: bytes on Unix, UTF-8 on Windows. `*out` is freed with vmix_adapter_free().
- *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path, a file beyond 4 GiB), IO, INVALID_FILE,
+ *  OUT_OF_MEMORY.
  */
 VmixStatus
 vmix_adapter_open (
@@ -239,11 +239,11 @@ vmix_adapter_open_memory (
 
 /** \brief
  *  f_a, the aesthetic context of a selection (paper, eq. 6): row-major
- *  `[context_tokens, context_dim]`, which `out_count` must equal exactly. Where the adapter has no
- *  value weights of its own, the host's to_v turns it into V_a.
+ *  `[context_tokens, context_dim]`, which `out_count` must equal exactly.
  *
  *  `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
- *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE, INVALID_FILE (a result that overflows).
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (also a result that overflows), BUFFER_SIZE, NOT_FOUND (a
+ *  linear adapter, which has none).
  */
 VmixStatus
 vmix_adapter_project (
@@ -253,15 +253,6 @@ vmix_adapter_project (
     float * out,
     size_t out_count);
 
-/** \brief
- *  Reads the whole file and refuses value weights that are not finite.
- *
- *  Statuses: NULL_ARGUMENT, INVALID_FILE.
- */
-VmixStatus
-vmix_adapter_validate (
-    VmixAdapter const * adapter);
-
 /** V_a of every layer for one selection. Freed with vmix_values_free(). */
 typedef struct VmixValues VmixValues;
 
@@ -270,9 +261,8 @@ typedef struct VmixValues VmixValues;
  *
  *  `params`: NULL for the file's defaults in f32. `*out` is freed with vmix_values_free() and does
  *  not need the adapter any more.
- *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, INVALID_FILE (value weights that are not finite, or
- *  whose product with these weights overflows), UNSUPPORTED (an adapter without value weights and no
- *  base_path, or params of a later version), IO (base_path).
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (also values beyond the dtype), UNSUPPORTED (params of a
+ *  later version).
  */
 VmixStatus
 vmix_adapter_values (
@@ -319,16 +309,17 @@ vmix_mix_values (
     VmixMixParams const * params);
 
 /** \brief
- *  How many threads a call may use. Since ABI 1.2.
+ *  How many threads a call may use.
  */
 size_t
 vmix_num_threads (void);
 
 /** \brief
  *  Opens an adapter or a preset, whichever the file is. On success exactly one of `*adapter` and
- *  `*values` is a handle, and the other is NULL.
+ *  `*values` is a handle, and the other is NULL. Init files, which are for training, are refused.
  *
- *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path, a file beyond 4 GiB), IO, INVALID_FILE,
+ *  OUT_OF_MEMORY.
  */
 VmixStatus
 vmix_open (
@@ -339,7 +330,7 @@ vmix_open (
 /** \brief
  *  From now on, at most so many threads for each call, of those in a pool that all calls share; 0 for
  *  as many as there are cores, or as RAYON_NUM_THREADS says. With 1 a call computes in the thread that
- *  makes it, as a host wants that has threads of its own. Since ABI 1.2.
+ *  makes it, as a host wants that has threads of its own.
  */
 void
 vmix_set_num_threads (
@@ -459,8 +450,7 @@ vmix_values_layer_find (
 
 /** \brief
  *  The value of a metadata key as a preset file has it, such as "vmix.origin", the SHA-256 of the
- *  adapter file. For values fresh from an adapter the first call reads that file. The string
- *  belongs to the handle.
+ *  adapter file. The string belongs to the handle.
  *
  *  Statuses: NULL_ARGUMENT, NOT_FOUND.
  */
@@ -471,10 +461,11 @@ vmix_values_metadata (
     char const * * out);
 
 /** \brief
- *  Opens a preset file, all of which is read and checked now.
+ *  Reads a preset file whole and checks it. The file is not needed afterwards.
  *
  *  `path`: bytes on Unix, UTF-8 on Windows. `*out` is freed with vmix_values_free().
- *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
+ *  Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path, a file beyond 4 GiB), IO, INVALID_FILE,
+ *  OUT_OF_MEMORY.
  */
 VmixStatus
 vmix_values_open (

@@ -76,9 +76,10 @@ private:
 };
 
 struct Label {
-    std::string_view name, dimension, positive, negative;
+    std::string_view name, dimension, positive, negative;  // the last two: texts, one per line
     float weight;
     std::optional<float> neutral;
+    float low, high, step;  // of a slider
 };
 
 struct Layer {
@@ -92,7 +93,6 @@ struct ValuesOptions {
     std::vector<float> weights{};  // one per label, or none
     ApplyTo apply_to = ApplyTo::as_file_says;
     DType dtype = DType::f32;
-    std::string base_path{};  // of the checkpoint, for adapters without value weights
 };
 
 /** VmixAttentionParams, where it shows what can be left out. */
@@ -156,7 +156,8 @@ public:
             auto c = sized<VmixLabel>();
             check(get_label(handle(), i, &c));
             const auto neutral = std::isnan(c.neutral) ? std::nullopt : std::optional(c.neutral);
-            labels.push_back({c.name, c.dimension, c.positive, c.negative, c.weight, neutral});
+            labels.push_back({c.name, c.dimension, c.positive, c.negative, c.weight, neutral, c.low,
+                              c.high, c.step});
         }
         return labels;
     }
@@ -289,14 +290,13 @@ public:
         params.weight_count = options.weights.size();
         params.apply_to = VmixApplyTo(options.apply_to);
         params.dtype = VmixDType(options.dtype);
-        const std::string base_path = detail::c_string(options.base_path);
-        params.base_path = base_path.empty() ? nullptr : base_path.c_str();
         VmixValues* values = nullptr;
         detail::check(vmix_adapter_values(handle(), &params, &values));
         return Values(values);
     }
 
-    /** f_t, [label_count, context_dim]; without weights, of the file's defaults. */
+    /** f_t, [label_count, context_dim]; without weights, of the file's defaults. Throws
+     *  VMIX_STATUS_NOT_FOUND for a file without AesEmb. */
     std::vector<float> aes_embed(Span<float> weights = {}) const {
         std::vector<float> out(info().label_count * info().context_dim);
         detail::check(vmix_adapter_aes_embed(handle(), detail::pointer(weights), weights.size(),
@@ -304,7 +304,8 @@ public:
         return out;
     }
 
-    /** f_a, [context_tokens, context_dim]; without weights, of the file's defaults. */
+    /** f_a, [context_tokens, context_dim]; without weights, of the file's defaults. Throws
+     *  VMIX_STATUS_NOT_FOUND for a linear adapter, which has none. */
     std::vector<float> project(Span<float> weights = {}) const {
         std::vector<float> out(info().context_tokens * info().context_dim);
         detail::check(vmix_adapter_project(handle(), detail::pointer(weights), weights.size(),
@@ -312,15 +313,14 @@ public:
         return out;
     }
 
-    /** The weights of these labels for ValuesOptions; every other label has 0, its negative. */
+    /** These weights for ValuesOptions; every other label is at its neutral weight, or at 0. */
     std::vector<float> weights(
         std::initializer_list<std::pair<std::string_view, float>> chosen) const {
-        std::vector<float> weights(info().label_count);
+        std::vector<float> weights;
+        for (const Label& label : labels()) weights.push_back(label.neutral.value_or(0.0f));
         for (const auto& [name, weight] : chosen) weights[label_index(name)] = weight;
         return weights;
     }
-
-    void validate() const { detail::check(vmix_adapter_validate(handle())); }
 };
 
 /** Whichever the file is. */

@@ -16,7 +16,7 @@
 /**
  * Minor version of the binary interface: a later one has more.
  */
-#define VMIX_ABI_MINOR 2
+#define VMIX_ABI_MINOR 0
 
 /**
  * What every fallible function returns. Numbers 11 to 63 are reserved for statuses to come:
@@ -172,7 +172,7 @@ typedef struct VmixAdapterInfo {
      */
     VmixBase base;
     /**
-     * What it was trained to be applied to.
+     * What it was made to be applied to.
      */
     VmixApplyTo apply_to;
     /**
@@ -188,14 +188,9 @@ typedef struct VmixAdapterInfo {
      */
     size_t context_tokens;
     /**
-     * d, the width of the context.
+     * d, the width of the context; 0 if neither the base nor the file says it.
      */
     size_t context_dim;
-    /**
-     * 1 if the file brings its own value weights W_Va, 0 if the base's own W_V serve, in which
-     * case V_a is f_a (vmix_adapter_project) through the host's own to_v.
-     */
-    uint32_t has_value_weights;
 } VmixAdapterInfo;
 
 /**
@@ -249,11 +244,11 @@ typedef struct VmixLabel {
      */
     const char *dimension;
     /**
-     * The text whose feature stands for having the label.
+     * The texts that mean having the label, one per line.
      */
     const char *positive;
     /**
-     * The rare identifier whose feature stands for not having it.
+     * The texts that mean the opposite, one per line.
      */
     const char *negative;
     /**
@@ -264,6 +259,18 @@ typedef struct VmixLabel {
      * The weight at which the label changes nothing; NaN if there is none.
      */
     float neutral;
+    /**
+     * Lowest weight of a slider.
+     */
+    float low;
+    /**
+     * Highest weight of a slider.
+     */
+    float high;
+    /**
+     * Step of a slider.
+     */
+    float step;
 } VmixLabel;
 
 /**
@@ -299,9 +306,8 @@ typedef struct VmixValuesParams {
      */
     size_t struct_size;
     /**
-     * The weight of every label in the file's order: 0 is the negative, 1 the positive, anything
-     * between or beyond a point on the line through both. A label that is not wanted has 0, as in
-     * the paper; vmix_adapter_label_find() gives the index of a name.
+     * The weight of every label in the file's order. A label that is not wanted is at its neutral
+     * weight, or at 0 where that is NaN. vmix_adapter_label_find() gives the index of a name.
      */
     const float *weights;
     /**
@@ -316,11 +322,6 @@ typedef struct VmixValuesParams {
      * Element type of V_a; 0 for VMIX_DTYPE_F32. Sums are f32 in any case.
      */
     VmixDType dtype;
-    /**
-     * For an adapter without value weights of its own: the checkpoint whose W_V serve, a safetensors
-     * file or the folder of a diffusers pipeline; bytes on Unix, UTF-8 on Windows. Otherwise NULL.
-     */
-    const char *base_path;
 } VmixValuesParams;
 
 /**

@@ -1,47 +1,52 @@
-//! Adapters: AesEmb, the projection and the value weights of one file.
+//! Adapters: value rows for any choice of label weights.
 
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use crate::{
-    ApplyTo, Base, Checkpoint, DType, Error, Kind, Labels, Layer, Layers, ProjectionKind, Result,
-    Selection, Tensor, ValueWeights, Values,
+    ApplyTo, Base, CoefficientKind, DType, Error, Kind, LabelKey, Labels, Layers, Result, Row,
+    Selection, Side, Tensor, Values,
+    coefficients::{Coefficients, Scaling},
     file::{self, File},
-    metadata::{Common, expect_of_base, layer_map, one_of},
-    product::Rows,
-    projection::{Projection, Sizes, select},
+    metadata::{Common, Made, one_of, read_apply_to, read_json, read_layers},
+    rows::Product,
     threads,
-    values::{self, LayerValues, Origin},
+    values::LayerValues,
 };
 
-/// Suffix of a layer's value weights in files, after its diffusers path.
-pub(crate) const VALUE_WEIGHT: &str = ".to_v_aes.weight";
-const AES_EMB: &str = "aes_emb";
+/// Suffix of a layer's rows in files, after its diffusers path.
+pub(crate) const ROWS: &str = ".rows";
+pub(crate) const AES_EMB: &str = "aes_emb";
+pub(crate) const CONTEXT_ROWS: &str = "context.rows";
+pub(crate) const PROFILE: &str = "profile";
+pub(crate) const GRAM: &str = "gram";
+pub(crate) const ATTENTION: &str = "attention";
 
-/// A VMix adapter, open for reading. Cheap to clone, and usable from many threads at once.
+/// A VMix adapter. It is read whole and checked when it is opened. Cheap to clone, and usable from many
+/// threads at once.
 #[derive(Debug, Clone)]
 pub struct Adapter(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    file: Arc<File>,
+    file: File,
     common: Common,
+    apply_to: ApplyTo,
     layers: Layers,
-    sizes: Sizes,
-    /// [N, 2, d]: positive and negative feature of every label (paper, eq. 4).
-    aes_emb: Vec<f32>,
-    projection: Projection,
-    projection_kind: ProjectionKind,
-    value_weights: ValueWeights,
+    coefficients: Coefficients,
+    /// B \[R, inner_dim\] of every layer.
+    rows: Vec<Arc<Tensor>>,
+    /// d, where the file says it.
+    context_dim: Option<usize>,
+    /// \[N, 2, d\]: positive and negative feature of every label (paper, eq. 4).
+    aes_emb: Option<Vec<f32>>,
+    /// \[R, d\]: f_a = A·context.rows.
+    context_rows: Option<Tensor>,
 }
 
 impl Adapter {
-    /// Opens a file by mapping it: the header and the small tensors are read and checked, the
-    /// value weights (most of the file) when they are first used.
-    ///
-    /// The file must not be truncated or rewritten in place while it is open; replacing it, as
-    /// [`Adapter::save`] does, is safe.
+    /// Reads and checks an adapter file.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
-        Self::read(File::open(path.as_ref())?)
+        Self::read(File::read(path.as_ref())?)
     }
 
     /// Opens an adapter that is already in memory.
@@ -60,92 +65,85 @@ impl Adapter {
 
     pub(crate) fn read(file: File) -> Result<Self> {
         let common = Common::read(&file, Kind::Adapter)?;
-        file.parse_meta("vmix.feature", "`context_eot`", |v| {
-            (v == "context_eot").then_some(())
+        let apply_to = read_apply_to(&file)?;
+        Made::read(&file)?;
+        let kind = one_of(
+            &file,
+            "vmix.coefficients",
+            CoefficientKind::NAMES,
+            CoefficientKind::from_name,
+        )?;
+        let rows = read_sides(&file, &common.labels, kind)?;
+        let (tokens, count) = (common.context_tokens, rows.len());
+        let layers = read_layers(&file, common.base, |layer| {
+            let name = format!("{layer}{ROWS}");
+            match *file.tensor(&name)?.shape {
+                [_, inner_dim] if inner_dim > 0 => Ok(inner_dim),
+                ref shape => {
+                    let found = format!("shape {shape:?}");
+                    Err(file.tensor_error(&name, format!("shape [{count}, inner_dim]"), found))
+                }
+            }
         })?;
-        file.meta("vmix.trained", "how it was trained, or `no`")?;
-        let projection_kind = one_of(
-            &file,
-            "vmix.projection",
-            ProjectionKind::NAMES,
-            ProjectionKind::from_name,
-        )?;
-        let value_weights = one_of(
-            &file,
-            "vmix.value_weights",
-            ValueWeights::NAMES,
-            ValueWeights::from_name,
-        )?;
+        let context_dim = read_context_dim(&file, common.base, common.labels.len())?;
+        check_size(&file, tokens, count, context_dim.unwrap_or(0), &layers)?;
 
-        // The width is taken from AesEmb, whose size the file's own length vouches for.
-        let labels = common.labels.len();
-        let aes_emb = file.tensor(AES_EMB)?;
-        let &[_, _, dim] = aes_emb.shape else {
-            let found = format!("shape {:?}", aes_emb.shape);
-            return Err(file.tensor_error(AES_EMB, format!("shape [{labels}, 2, d]"), found));
-        };
-        let aes_emb = file.small_tensor(AES_EMB, &[labels, 2, dim])?;
-        if dim == 0 {
-            return Err(file.tensor_error(AES_EMB, "a width above 0", "0"));
-        }
-        file.parse_meta(
-            "vmix.context_dim",
-            &format!("`{dim}`, as in {AES_EMB}"),
-            |v| (v.parse() == Ok(dim)).then_some(()),
-        )?;
-        expect_of_base(
-            &file,
-            common.base,
-            "vmix.context_dim",
-            common.base.context_dim(),
-            dim,
-        )?;
-        let sizes = Sizes {
-            labels,
-            tokens: common.context_tokens,
-            dim,
-        };
-
-        let (projection, projection_tensors) = match projection_kind {
-            ProjectionKind::Learned => {
-                let eps = file.parse_meta("vmix.norm_eps", "a number above 0", |v| {
-                    v.parse()
-                        .ok()
-                        .filter(|eps: &f64| *eps > 0.0 && eps.is_finite())
+        let profile = file.f32_tensor(PROFILE, &[tokens, count])?;
+        let aes_emb = |d| file.small_tensor(AES_EMB, &[common.labels.len(), 2, d]);
+        let (scaling, aes_emb, context_rows) = match kind {
+            CoefficientKind::LayerNorm => {
+                let normed = rows.iter().filter(|row| row.side != Side::Constant).count();
+                let scaling = Scaling::LayerNorm {
+                    eps: read_eps(&file)?,
+                    gram: read_gram(&file, normed)?,
+                };
+                let d = context_dim.ok_or_else(|| {
+                    let expected = format!("shape [{}, 2, d]", common.labels.len());
+                    file.tensor_error(AES_EMB, expected, "no such tensor")
                 })?;
-                let projection = Projection::read_learned(&file, sizes, eps)?;
-                (projection, Projection::LEARNED_TENSORS)
+                let aes_emb = aes_emb(d)?;
+                let shape = [count, d];
+                let context_rows = file.small_tensor(CONTEXT_ROWS, &shape)?;
+                let context_rows = Tensor::rounded(shape, context_rows, DType::F32);
+                (scaling, Some(aes_emb), Some(context_rows))
             }
-            ProjectionKind::Difference => (
-                Projection::read_difference(&file, sizes)?,
-                Projection::DIFFERENCE_TENSORS,
-            ),
+            CoefficientKind::Linear => {
+                let present = file.has_tensor(AES_EMB).then_some(context_dim).flatten();
+                (Scaling::Linear, present.map(aes_emb).transpose()?, None)
+            }
         };
-
-        let layers = read_layers(&file, common.base, value_weights)?;
-        check_result_size(&file, sizes, &layers)?;
-        if value_weights == ValueWeights::Own {
-            for layer in layers.iter() {
-                file.tensor_of_shape(&value_weight(layer), &[layer.inner_dim, dim])?;
-            }
+        if file.has_tensor(ATTENTION) {
+            check_attention(&file, tokens)?;
         }
-        file.refuse_other_tensors(|name| {
-            name == AES_EMB
-                || projection_tensors.contains(&name)
-                || value_weights == ValueWeights::Own
-                    && name.strip_suffix(VALUE_WEIGHT).is_some_and(|layer| {
-                        layers.get(layer).is_ok_and(|known| known.name == layer)
-                    })
+        let mut dtype = None;
+        let layer_rows = layers.iter().map(|layer| {
+            let name = format!("{}{ROWS}", layer.name);
+            let tensor = file.finite_tensor(&name, &[count, layer.inner_dim], dtype)?;
+            dtype = Some(tensor.dtype());
+            Ok(Arc::new(tensor))
+        });
+        let layer_rows = layer_rows.collect::<Result<_>>()?;
+        file.refuse_other_tensors(|name| match name {
+            PROFILE | AES_EMB | ATTENTION => true,
+            GRAM | CONTEXT_ROWS => kind == CoefficientKind::LayerNorm,
+            name => name
+                .strip_suffix(ROWS)
+                .is_some_and(|layer| layers.get(layer).is_ok_and(|known| known.name == layer)),
         })?;
         Ok(Self(Arc::new(Inner {
-            file: Arc::new(file),
+            file,
             common,
+            apply_to,
             layers,
-            sizes,
+            coefficients: Coefficients {
+                rows,
+                profile,
+                scaling,
+            },
+            rows: layer_rows,
+            context_dim,
             aes_emb,
-            projection,
-            projection_kind,
-            value_weights,
+            context_rows,
         })))
     }
 
@@ -153,12 +151,8 @@ impl Adapter {
         &self.0.file
     }
 
-    /// Element type of its value weights, if it has any and they have one in common.
-    pub fn dtype(&self) -> Option<DType> {
-        let names = self.0.layers.iter().map(value_weight);
-        let mut dtypes = names.map(|name| Some(self.0.file.tensor(&name).ok()?.dtype));
-        let first = dtypes.next()?;
-        dtypes.all(|dtype| dtype == first).then_some(first)?
+    pub(crate) fn parts(&self) -> &Coefficients {
+        &self.0.coefficients
     }
 
     /// Writes the adapter, whole or not at all. Equal adapters give equal bytes.
@@ -171,39 +165,44 @@ impl Adapter {
         self.0.common.base
     }
 
-    /// The labels, in the order of AesEmb's rows.
+    /// The labels, in the order of AesEmb.
     pub fn labels(&self) -> &Labels {
         &self.0.common.labels
     }
 
-    /// The cross-attention layers it has values for, down to up.
+    /// The cross-attention layers it has rows for, down to up.
     pub fn layers(&self) -> &Layers {
         &self.0.layers
     }
 
     /// C, the tokens of one chunk of context.
     pub fn context_tokens(&self) -> usize {
-        self.0.sizes.tokens
+        self.0.common.context_tokens
     }
 
-    /// d, the width of the context.
-    pub fn context_dim(&self) -> usize {
-        self.0.sizes.dim
+    /// d, the width of the context, where the base or the file says it.
+    pub fn context_dim(&self) -> Option<usize> {
+        self.0.context_dim
     }
 
-    /// How the features of the labels become f_a.
-    pub fn projection(&self) -> ProjectionKind {
-        self.0.projection_kind
-    }
-
-    /// Where W_Va comes from.
-    pub fn value_weights(&self) -> ValueWeights {
-        self.0.value_weights
-    }
-
-    /// What the adapter was trained to be applied to; the default of every host.
+    /// What the adapter was made to be applied to; the default of every host.
     pub fn apply_to(&self) -> ApplyTo {
-        self.0.common.apply_to
+        self.0.apply_to
+    }
+
+    /// How weights become coefficients.
+    pub fn coefficient_kind(&self) -> CoefficientKind {
+        self.0.coefficients.kind()
+    }
+
+    /// Label and side of every row.
+    pub fn row_sides(&self) -> &[Row] {
+        &self.0.coefficients.rows
+    }
+
+    /// Element type of the rows.
+    pub fn dtype(&self) -> DType {
+        self.0.rows[0].dtype()
     }
 
     /// Every metadata key of the file.
@@ -219,226 +218,263 @@ impl Adapter {
             .collect()
     }
 
-    /// f_t \[N, d\]: the features of a selection, looked up in AesEmb (paper, section 3.3).
-    pub fn aes_embed(&self, selection: &Selection) -> Result<Tensor> {
-        let Sizes { labels, dim, .. } = self.0.sizes;
-        let weights = self.labels().weights(selection)?;
-        let f_t = select(&self.0.aes_emb, &weights, dim);
-        Ok(Tensor::rounded([labels, dim], f_t, DType::F32))
+    /// B \[R, inner_dim\] of the layer with this diffusers or LDM name, in the file's dtype.
+    pub fn rows(&self, layer: &str) -> Result<&Arc<Tensor>> {
+        Ok(&self.0.rows[self.0.layers.index(layer)?])
     }
 
-    /// f_a \[C, d\]: the aesthetic context of a selection (paper, eq. 6).
-    pub fn project(&self, selection: &Selection) -> Result<Tensor> {
-        let weights = self.labels().weights(selection)?;
-        let Sizes { tokens, dim, .. } = self.0.sizes;
-        let f_a =
-            self.0
-                .projection
-                .project(&self.0.file, &self.0.aes_emb, &weights, self.0.sizes)?;
-        Ok(Tensor::rounded([tokens, dim], f_a, DType::F32))
+    /// A \[C, R\] of a selection, in f32: V_a = A·B.
+    pub fn coefficients(&self, selection: &Selection) -> Result<Tensor> {
+        let (weights, shape) = (
+            self.labels().weights(selection)?,
+            [self.context_tokens(), self.count()],
+        );
+        let a = self.0.coefficients.of(&weights, self.labels())?;
+        Ok(Tensor::rounded(shape, a, DType::F32))
     }
 
-    /// V_a \[C, inner_dim\] of every layer for a selection (paper, eq. 7), accumulated in f32 and
-    /// rounded to `dtype`. With [`ApplyTo::Contrast`] also that of the opposite selection.
+    /// A \[batch, C, R\] of a selection for every image of a batch, in f32.
+    pub fn batch_coefficients(&self, selections: &[Selection]) -> Result<Tensor> {
+        let mut batch = Vec::new();
+        for selection in selections {
+            batch.extend(self.coefficients(selection)?.to_f32());
+        }
+        let shape = [selections.len(), self.context_tokens(), self.count()];
+        Ok(Tensor::rounded(shape, batch, DType::F32))
+    }
+
+    /// f_t \[N, d\]: the features of a selection, looked up in AesEmb (paper, section 3.3). `None` where
+    /// the file has no AesEmb.
+    pub fn aes_embed(&self, selection: &Selection) -> Result<Option<Tensor>> {
+        let weights = self.labels().weights(selection)?;
+        let (Some(aes_emb), Some(d)) = (&self.0.aes_emb, self.0.context_dim) else {
+            return Ok(None);
+        };
+        let pairs = aes_emb.chunks_exact(2 * d).zip(&weights);
+        // Positive and negative come out exactly as AesEmb holds them.
+        let f_t = pairs.flat_map(|(pair, &w)| {
+            let (positive, negative) = pair.split_at(d);
+            let both = positive.iter().zip(negative);
+            both.map(move |(t, t_hat)| (1.0 - w) * t_hat + w * t)
+        });
+        let f_t = Tensor::rounded([weights.len(), d], f_t.collect(), DType::F32);
+        match f_t.is_finite() {
+            true => Ok(Some(f_t)),
+            false => Err(self.overflow("f_t", DType::F32, &weights)),
+        }
+    }
+
+    /// f_a \[C, d\]: the aesthetic context of a selection (paper, eq. 6). `None` for linear adapters,
+    /// which have none.
+    pub fn project(&self, selection: &Selection) -> Result<Option<Tensor>> {
+        let weights = self.labels().weights(selection)?;
+        let a = self.0.coefficients.of(&weights, self.labels())?;
+        let Some(context_rows) = &self.0.context_rows else {
+            return Ok(None);
+        };
+        let product = Product::new(&a, self.count());
+        let f_a = product.times(context_rows, DType::F32);
+        f_a.map(Some)
+            .map_err(|_| self.overflow("f_a", DType::F32, &weights))
+    }
+
+    /// V_a \[C, inner_dim\] of every layer for a selection (paper, eq. 7), summed in f32 and rounded to
+    /// `dtype`. With [`ApplyTo::Contrast`] also that of the opposite selection.
     pub fn values(&self, selection: &Selection, apply_to: ApplyTo, dtype: DType) -> Result<Values> {
         let inner = &*self.0;
-        if inner.value_weights == ValueWeights::Base {
-            return Err(Error::Unsupported {
-                argument: "values".to_owned(),
-                expected: "an adapter with value weights of its own, or a base model".to_owned(),
-                found: "one whose metadata `vmix.value_weights` is `base`: its V_a are f_a \
-                        through the base model's own to_v"
-                    .to_owned(),
-            });
-        }
-        self.values_by(selection, apply_to, |layer, contexts| {
-            let name = value_weight(layer);
-            let weight = inner.file.tensor(&name)?;
-            let values = values::layer_values(contexts, inner.sizes, weight, dtype)
-                .map_err(|found| inner.file.tensor_error(&name, "finite values", found));
-            inner.file.let_go(weight);
-            values
-        })
-    }
-
-    /// [`Adapter::values`] with the W_V of a base model, for an adapter that has no value weights of
-    /// its own ([`ValueWeights::Base`]).
-    pub fn values_on(
-        &self,
-        base: &Checkpoint,
-        selection: &Selection,
-        apply_to: ApplyTo,
-        dtype: DType,
-    ) -> Result<Values> {
-        let inner = &*self.0;
-        if inner.value_weights == ValueWeights::Own {
-            return Err(Error::argument(
-                "base",
-                "none, as this adapter has value weights of its own",
-                base.path().display().to_string(),
-            ));
-        }
-        if (&*inner.layers, inner.sizes.dim) != (&**base.layers(), base.context_dim()) {
-            let describe = |base: Base, layers: &Layers, dim| {
-                format!("{base} ({} layers, context {dim})", layers.len())
-            };
-            return Err(Error::argument(
-                base.path().display().to_string(),
-                describe(inner.common.base, &inner.layers, inner.sizes.dim)
-                    + ", as this adapter was made for",
-                describe(base.base(), base.layers(), base.context_dim()),
-            ));
-        }
-        self.values_by(selection, apply_to, |layer, contexts| {
-            values::layer_values(contexts, inner.sizes, base.value_weight(layer)?, dtype)
-                .map_err(|found| base.value_weight_error(layer, found))
-        })
-    }
-
-    /// The values of every layer, given how f_a of the pass or passes becomes those of one.
-    fn values_by(
-        &self,
-        selection: &Selection,
-        apply_to: ApplyTo,
-        layer_values: impl Fn(&Layer, &Rows) -> Result<LayerValues> + Sync,
-    ) -> Result<Values> {
-        let inner = &*self.0;
         let weights = self.labels().weights(selection)?;
-        let mut contexts =
-            inner
-                .projection
-                .project(&inner.file, &inner.aes_emb, &weights, inner.sizes)?;
-        if apply_to == ApplyTo::Contrast {
-            let opposite = inner.projection.project_opposite(
-                &inner.file,
-                &inner.aes_emb,
-                &weights,
-                inner.sizes,
-            )?;
-            contexts.extend(opposite);
-        }
-        let contexts = Rows::new(&contexts, inner.sizes.dim)?;
-        let tensors = threads::try_map(&inner.layers, |layer| layer_values(layer, &contexts))?;
+        let opposite = match apply_to {
+            ApplyTo::Contrast => Some(self.labels().weights(&self.labels().opposite(selection)?)?),
+            ApplyTo::Cond | ApplyTo::Both => None,
+        };
+        let product = |weights: &Vec<f32>| -> Result<(Product, Vec<f32>)> {
+            let a = inner.coefficients.of(weights, self.labels())?;
+            Ok((Product::new(&a, self.count()), weights.clone()))
+        };
+        let cond = product(&weights)?;
+        let uncond = opposite.as_ref().map(product).transpose()?;
+        let tensors = threads::try_map(&inner.layers, |layer| -> Result<LayerValues> {
+            let rows = self.rows(&layer.name)?;
+            let times = |(product, weights): &(Product, Vec<f32>)| {
+                let values = product.times(rows, dtype).map(Arc::new);
+                values
+                    .map_err(|_| self.overflow(&format!("layer `{}`", layer.name), dtype, weights))
+            };
+            Ok(LayerValues {
+                cond: times(&cond)?,
+                uncond: uncond.as_ref().map(times).transpose()?,
+            })
+        })?;
         Ok(Values::new(
-            Common {
-                apply_to,
-                ..inner.common.clone()
-            },
+            inner.common.clone(),
+            apply_to,
             inner.layers.clone(),
             weights,
-            Origin::of(&inner.file),
+            inner.file.sha256().to_owned(),
             self.inherited_metadata(),
             tensors,
         ))
     }
 
-    /// Reads every value weight and refuses those that are not finite.
-    pub fn validate(&self) -> Result<()> {
-        if self.0.value_weights == ValueWeights::Base {
-            return Ok(());
-        }
-        threads::try_map(&self.0.layers, |layer| {
-            let name = value_weight(layer);
-            if self.0.file.tensor(&name)?.to_tensor().is_finite() {
-                return Ok(());
-            }
-            Err(self
-                .0
-                .file
-                .tensor_error(&name, "finite values", "NaN or infinity"))
-        })?;
-        Ok(())
+    fn count(&self) -> usize {
+        self.0.coefficients.rows.len()
     }
 
-    /// What a preset keeps of its adapter's metadata: licence, author, training.
+    fn overflow(&self, what: &str, dtype: DType, weights: &[f32]) -> Error {
+        Error::argument(
+            what,
+            format!("values that {dtype} can hold"),
+            format!("more: {}", self.labels().furthest(weights)),
+        )
+    }
+
+    /// What a preset keeps of its adapter's metadata: licence, author, how it was made.
     fn inherited_metadata(&self) -> BTreeMap<String, String> {
-        let kept = ["vmix.trained", "vmix.projection"];
         self.metadata()
             .iter()
-            .filter(|(key, _)| key.starts_with("modelspec.") || kept.contains(&key.as_str()))
+            .filter(|(key, _)| key.starts_with("modelspec.") || *key == Made::KEY)
             .map(|(key, value)| (key.clone(), value.clone()))
             .collect()
     }
 }
 
-fn value_weight(layer: &Layer) -> String {
-    format!("{}{VALUE_WEIGHT}", layer.name)
-}
-
-/// The layers of a known base from its table; those of another from the file.
-fn read_layers(file: &File, base: Base, value_weights: ValueWeights) -> Result<Layers> {
-    if let Some(layers) = base.layers() {
-        return Ok(layers);
+/// `vmix.rows`.
+fn read_sides(file: &File, labels: &Labels, kind: CoefficientKind) -> Result<Vec<Row>> {
+    const KEY: &str = "vmix.rows";
+    // With a flattened part serde takes an entry from an object alone, and not also from a list.
+    #[derive(serde::Deserialize)]
+    struct Entry {
+        #[serde(default)]
+        label: Option<String>,
+        side: String,
+        #[serde(flatten)]
+        _other: BTreeMap<String, serde::de::IgnoredAny>,
     }
-    let mut ldm_names = layer_map::<String>(
-        file,
-        "vmix.ldm_names",
-        "a JSON object of the LDM name of every layer, by diffusers name",
-    )?;
-    let inner_dims: Vec<(String, usize)> = match value_weights {
-        ValueWeights::Own => file
-            .tensor_names()
-            .filter_map(|name| name.strip_suffix(VALUE_WEIGHT))
-            .map(|layer| {
-                let shape = file.tensor(&format!("{layer}{VALUE_WEIGHT}"))?.shape;
-                Ok((layer.to_owned(), shape.first().copied().unwrap_or(0)))
-            })
-            .collect::<Result<_>>()?,
-        ValueWeights::Base => layer_map(
-            file,
-            "vmix.inner_dims",
-            "a JSON object of the value width of every layer, by diffusers name",
-        )?
-        .into_iter()
-        .collect(),
-    };
-    let layers: Vec<Layer> = inner_dims
-        .into_iter()
-        .map(|(name, inner_dim)| {
-            let ldm_name = ldm_names.remove(&name).ok_or_else(|| {
-                file.meta_error(
-                    "vmix.ldm_names",
-                    format!("the LDM name of `{name}`"),
-                    "none",
-                )
-            })?;
-            if inner_dim == 0 {
-                return Err(file.tensor_error(&name, "values of a width above 0", "0"));
+    let expected = "a JSON list with `side` and `label` of every row";
+    let refuse = |found: String| file.meta_error(KEY, expected, found);
+    let entries: Vec<Entry> = read_json(file, KEY, expected)?;
+    if entries.is_empty() {
+        return Err(refuse("an empty list".into()));
+    }
+    let row = |Entry { label, side, .. }: Entry| {
+        let side = Side::from_name(&side).ok_or_else(|| {
+            let known = Side::NAMES.join(", ");
+            file.meta_error(KEY, format!("sides among {known}"), format!("`{side}`"))
+        })?;
+        let label = match (side, label) {
+            (Side::Constant, None) if kind == CoefficientKind::LayerNorm => None,
+            (Side::Constant, None) => {
+                return Err(refuse("a constant row in a linear file".into()));
             }
-            Ok(Layer {
-                name,
-                ldm_name: Some(ldm_name),
-                inner_dim,
-            })
-        })
-        .collect::<Result<_>>()?;
-    if let Some(name) = ldm_names.into_keys().min() {
-        let found = format!("`{name}`, which has no `{name}{VALUE_WEIGHT}`");
-        return Err(file.meta_error("vmix.ldm_names", "the layers of this file", found));
+            (Side::Constant, Some(label)) => {
+                return Err(refuse(format!("a constant row with the label `{label}`")));
+            }
+            (_, None) => return Err(refuse(format!("a {side} row without a label"))),
+            (_, Some(label)) => {
+                let unknown =
+                    |_| refuse(format!("the label `{label}`, which is not in vmix.labels"));
+                let key = LabelKey::Name(label.clone());
+                Some(labels.index(&key).map_err(unknown)?)
+            }
+        };
+        Ok(Row { label, side })
+    };
+    let rows: Vec<Row> = entries.into_iter().map(row).collect::<Result<_>>()?;
+    let mut has_row = vec![false; labels.len()];
+    rows.iter()
+        .filter_map(|row| row.label)
+        .for_each(|label| has_row[label] = true);
+    for (label, has_row) in labels.iter().zip(has_row) {
+        if !has_row {
+            return Err(refuse(format!("no row of label `{}`", label.name)));
+        }
+        if kind == CoefficientKind::Linear && label.neutral != Some(0.0) {
+            let found = label.neutral.map_or("null".into(), |w| w.to_string());
+            let found = format!("{found} for label `{}`", label.name);
+            return Err(file.meta_error("vmix.labels", "`neutral` 0 in a linear file", found));
+        }
     }
-    if layers.is_empty() {
-        return Err(file.meta_error("vmix.ldm_names", "at least one layer", "none"));
-    }
-    Layers::sorted(layers)
-        .map_err(|found| file.meta_error("vmix.ldm_names", "a name of its own per layer", found))
+    Ok(rows)
 }
 
-/// Numbers that f_a and V_a of all layers may have together: 40 times those of SDXL.
+/// d, as the base and AesEmb have it.
+fn read_context_dim(file: &File, base: Base, labels: usize) -> Result<Option<usize>> {
+    if !file.has_tensor(AES_EMB) {
+        return Ok(base.context_dim());
+    }
+    match *file.tensor(AES_EMB)?.shape {
+        [_, _, d] if d > 0 => {
+            let of_base = base.context_dim().unwrap_or(d);
+            if d != of_base {
+                let expected = format!("width {of_base}, as in every {base} U-Net");
+                return Err(file.tensor_error(AES_EMB, expected, d.to_string()));
+            }
+            Ok(Some(d))
+        }
+        ref shape => {
+            let found = format!("shape {shape:?}");
+            Err(file.tensor_error(AES_EMB, format!("shape [{labels}, 2, d]"), found))
+        }
+    }
+}
+
+fn read_eps(file: &File) -> Result<f64> {
+    file.parse_meta("vmix.norm_eps", "a number above 0", |v| {
+        v.parse()
+            .ok()
+            .filter(|eps: &f64| *eps > 0.0 && eps.is_finite())
+    })
+}
+
+fn read_gram(file: &File, size: usize) -> Result<Vec<f32>> {
+    let gram = file.f32_tensor(GRAM, &[size, size])?;
+    for i in 0..size {
+        if gram[i * size + i] < 0.0 {
+            let found = gram[i * size + i].to_string();
+            return Err(file.tensor_error(GRAM, "a diagonal that is not negative", found));
+        }
+        for j in 0..i {
+            let (a, b) = (gram[i * size + j], gram[j * size + i]);
+            if a != b {
+                let found = format!("{a} and {b} at [{i}, {j}] and [{j}, {i}]");
+                return Err(file.tensor_error(GRAM, "a symmetric matrix", found));
+            }
+        }
+    }
+    Ok(gram)
+}
+
+fn check_attention(file: &File, tokens: usize) -> Result<()> {
+    let attention = file.f32_tensor(ATTENTION, &[tokens, tokens])?;
+    if let Some(negative) = attention.iter().find(|x| **x < 0.0) {
+        let found = negative.to_string();
+        return Err(file.tensor_error(ATTENTION, "entries that are not negative", found));
+    }
+    let sum: f64 = attention.iter().map(|&x| f64::from(x)).sum();
+    // What a mean of many f32 maps may lack.
+    if (sum - 1.0).abs() > 1e-3 {
+        let found = format!("the sum {sum}");
+        return Err(file.tensor_error(ATTENTION, "entries that add up to 1", found));
+    }
+    Ok(())
+}
+
+/// Numbers that A, f_a and V_a of all layers may have together: 40 times those of SDXL.
 const MAX_RESULT: usize = 1 << 28;
 
 /// Refuses small files that ask for huge results, before anything is allocated.
-fn check_result_size(file: &File, sizes: Sizes, layers: &Layers) -> Result<()> {
+fn check_size(file: &File, tokens: usize, rows: usize, d: usize, layers: &Layers) -> Result<()> {
     let widths = layers.iter().map(|layer| layer.inner_dim);
     let total = widths
-        .chain([sizes.dim])
+        .chain([rows, d])
         .try_fold(0usize, usize::checked_add)
-        .and_then(|width| width.checked_mul(sizes.tokens));
+        .and_then(|width| width.checked_mul(tokens));
     match total {
         Some(total) if total <= MAX_RESULT => Ok(()),
         _ => Err(file.meta_error(
             "vmix.context_tokens",
             format!("at most {MAX_RESULT} numbers in the values of all layers"),
-            format!("more, with {} tokens", sizes.tokens),
+            format!("more, with {tokens} tokens"),
         )),
     }
 }

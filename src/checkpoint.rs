@@ -7,7 +7,7 @@ use serde::Deserialize;
 use crate::{
     Base, Error, Layer, Layers, Result,
     component::{Component, read},
-    file::{File, View},
+    file::File,
     ldm_name,
 };
 
@@ -15,24 +15,13 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct Checkpoint {
     path: PathBuf,
-    unet: Component,
-    /// Whether tensors have the names of LDM, as in single files.
-    ldm: bool,
     base: Base,
     layers: Layers,
     context_dim: usize,
-    #[cfg_attr(
-        not(feature = "clip"),
-        allow(dead_code, reason = "text encoders ask for it")
-    )]
     pub(crate) source: Source,
 }
 
 /// Where the text encoders are.
-#[cfg_attr(
-    not(feature = "clip"),
-    allow(dead_code, reason = "text encoders ask for them")
-)]
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
     File(Arc<File>),
@@ -76,7 +65,7 @@ impl Checkpoint {
                 ),
             ));
         }
-        let file = Arc::new(File::open(path)?);
+        let file = Arc::new(File::map(path)?);
         let prefix = ["model.diffusion_model.", "diffusion_model.", "unet.", ""]
             .into_iter()
             .find(|prefix| {
@@ -95,7 +84,7 @@ impl Checkpoint {
             )
         })?;
         let unet = Component::new(file.clone(), prefix);
-        Self::new(path, unet, LAYERS_PER_BLOCK, Source::File(file))
+        Self::new(path, &unet, LAYERS_PER_BLOCK, Source::File(file))
     }
 
     fn from_folder(path: &Path) -> Result<Self> {
@@ -116,13 +105,13 @@ impl Checkpoint {
         let layers_per_block = layers_per_block.as_u64().and_then(|n| n.try_into().ok());
         Self::new(
             path,
-            unet,
+            &unet,
             layers_per_block.unwrap_or(LAYERS_PER_BLOCK),
             Source::Folder(path.to_owned()),
         )
     }
 
-    fn new(path: &Path, unet: Component, layers_per_block: usize, source: Source) -> Result<Self> {
+    fn new(path: &Path, unet: &Component, layers_per_block: usize, source: Source) -> Result<Self> {
         let mut context_dim = None;
         let mut widths = BTreeMap::new();
         for tensor in unet.tensor_names() {
@@ -165,8 +154,6 @@ impl Checkpoint {
             .map_err(|found| Error::argument(path.display().to_string(), "layers", found))?;
         Ok(Self {
             path: path.to_owned(),
-            unet,
-            ldm,
             base: base.unwrap_or(Base::Other),
             layers,
             context_dim,
@@ -192,24 +179,6 @@ impl Checkpoint {
     /// Width d of the context that the U-Net receives.
     pub fn context_dim(&self) -> usize {
         self.context_dim
-    }
-
-    /// W_V \[inner_dim, d\] of one of its layers.
-    pub(crate) fn value_weight(&self, layer: &Layer) -> Result<View<'_>> {
-        self.unet.tensor(&self.value_weight_name(layer))
-    }
-
-    pub(crate) fn value_weight_error(&self, layer: &Layer, found: impl Into<String>) -> Error {
-        let name = self.value_weight_name(layer);
-        self.unet.error(&name, "finite values", found)
-    }
-
-    fn value_weight_name(&self, layer: &Layer) -> String {
-        let name = match &layer.ldm_name {
-            Some(ldm_name) if self.ldm => ldm_name,
-            _ => &layer.name,
-        };
-        format!("{name}{TO_V}")
     }
 }
 

@@ -18,8 +18,8 @@ use serde_json::{Value, json};
 use unicode_width::UnicodeWidthStr;
 
 use crate::{
-    Adapter, ApplyTo, Base, Checkpoint, DType, InitOptions, LabelKey, Labels, Layers, Opened,
-    ProjectionKind, Selection, Start, ValueWeights, Values, error::presentable, init_adapter, open,
+    Adapter, ApplyTo, Base, Checkpoint, DType, LabelKey, Labels, Opened, Selection, Untrained,
+    Values, error::presentable, init_adapter, merge, open,
 };
 
 /// Characters of a file's own words in a table; they do not speak to the terminal.
@@ -27,10 +27,10 @@ const LONGEST: usize = 2000;
 
 type Result<T> = std::result::Result<T, Box<dyn StdError>>;
 
-/// Make, inspect and convert VMix aesthetics adapters for Stable Diffusion.
+/// Inspect, merge and convert VMix aesthetics adapters for Stable Diffusion.
 ///
-/// An adapter holds aesthetic labels and the weights that turn any choice of them into values of a
-/// U-Net's cross-attention; a preset holds the values of one choice. Both are safetensors files.
+/// An adapter turns any choice of aesthetic labels into values of a U-Net's cross-attention. A preset
+/// holds the values of one choice. An init file holds labels to train. All are safetensors files.
 ///
 /// The exit status is 0 when all went well, 1 with a sentence on standard error when something was
 /// refused, 2 when the command line itself was wrong, and 130 when it was stopped by Ctrl-C.
@@ -46,28 +46,24 @@ enum Command {
     Init(Init),
     Inspect(Inspect),
     Bake(Bake),
+    Merge(Merge),
     Convert(Convert),
     Validate(Validate),
 }
 
-/// Make a new adapter from a checkpoint and a list of labels
+/// Make an init file, the start of a training, from a checkpoint and a list of labels
 ///
-/// The text encoders of the checkpoint turn every label's text and its negative into AesEmb (paper,
-/// eq. 4). The rest is where training starts from: the projection changes nothing, and the value
-/// weights are copies of the checkpoint's own. An untrained adapter changes no image.
-///
-/// EXPERIMENTAL: with --training-free the file works at once, on any checkpoint of the same kind, as
-/// the difference of every label's text to its negative, through the checkpoint's own value weights. It
-/// is not the trained adapter of the paper: coarser than the same word in the prompt.
+/// The text encoders of the checkpoint turn every label's texts into AesEmb (paper, eq. 4). An init
+/// file changes no image: `python -m vmix.train` makes an adapter of it.
 ///
 /// Examples:
 ///
-///   vmix init --base sd15.safetensors --out adapter.safetensors
+///   vmix init --base sd15.safetensors --out labels.safetensors
 ///
-///   vmix init --base sdxl.safetensors --labels labels.toml --dtype float16 --out adapter.safetensors
+///   vmix init --base sdxl.safetensors --labels labels.toml --out labels.safetensors
 ///
 ///   vmix init --base sd15.safetensors --label "warm light" --label "red: bright red | grey"
-///   --training-free --out warm.safetensors
+///   --out warm.safetensors
 #[derive(Args)]
 #[command(verbatim_doc_comment)]
 struct Init {
@@ -75,31 +71,23 @@ struct Init {
     /// diffusers pipeline. SD1.5 and SDXL are told apart by their tensors.
     #[arg(short, long, value_name = "CHECKPOINT")]
     base: PathBuf,
-    /// A labels.toml: tables `[[label]]` with `name` and, where wanted, `dimension`, `positive` (the
-    /// text, else the name), `negative` (else a rare token), `default` and `neutral` (weights) and
-    /// `display_names` (by language). Without it, and without --label, seven default labels.
+    /// A labels.toml: tables `[[label]]` with `name` and, where wanted, `dimension`, `positive` (a text
+    /// or a list of texts, else the name), `negative` (else a rare token), `default` and `neutral`
+    /// (weights), `range` and `step` (of its slider) and `display_names` (by language). Without it, and
+    /// without --label, seven default labels.
     #[arg(short = 'L', long, value_name = "FILE", conflicts_with = "label")]
     labels: Option<PathBuf>,
     /// A label as "NAME", "NAME: TEXT" or "NAME: TEXT | NEGATIVE"; may be repeated.
     #[arg(short, long, value_name = "LABEL")]
     label: Vec<String>,
-    /// EXPERIMENTAL: a file that works without training.
-    #[arg(long)]
-    training_free: bool,
-    /// Element type of the value weights; without it, that of the checkpoint.
-    #[arg(long, value_enum, conflicts_with = "training_free")]
-    dtype: Option<Float>,
-    /// Seed of the projection's initial weights.
-    #[arg(long, default_value_t = 0, conflicts_with = "training_free")]
-    seed: u64,
     #[command(flatten)]
     out: Out,
 }
 
-/// Say what a file is: kind, base, labels, layers, dtype, size, training, modelspec.
+/// Say what a file is: kind, base, labels and their texts, how it was made, dtype, size, modelspec.
 #[derive(Args)]
 struct Inspect {
-    /// An adapter or a preset.
+    /// An adapter, a preset or an init file.
     file: PathBuf,
     /// Print one JSON object instead of a table.
     #[arg(long)]
@@ -108,7 +96,7 @@ struct Inspect {
 
 /// Compute the values of one choice of labels and write them as a preset
 ///
-/// A preset is what a host needs that only generates: it loads without any computation.
+/// A preset is for hosts that can only add values. It is larger than the whole adapter.
 ///
 /// Example:
 ///
@@ -119,13 +107,11 @@ struct Inspect {
 struct Bake {
     /// The adapter.
     adapter: PathBuf,
-    /// A label, as "NAME" or "NAME=WEIGHT"; may be repeated. Labels not named are at weight 0. "all" is
-    /// every label at 1, "none" every label at 0. Without it, every label at the file's own default.
+    /// A label, as "NAME" or "NAME=WEIGHT"; may be repeated. Labels that are left out are at their
+    /// neutral weight, or at 0 where they have none. "all" is every label at 1, "none" leaves out every
+    /// label. Without it, every label is at the file's own default.
     #[arg(short, long, value_name = "LABEL")]
     select: Vec<String>,
-    /// The checkpoint whose value weights serve, for adapters that have none of their own.
-    #[arg(short, long, value_name = "CHECKPOINT")]
-    base: Option<PathBuf>,
     /// What the unconditional pass of classifier-free guidance sees; without it, what the file says.
     #[arg(long, value_enum)]
     apply_to: Option<Passes>,
@@ -136,10 +122,30 @@ struct Bake {
     out: Out,
 }
 
-/// Write a file anew with its value weights, or its values, in another element type.
+/// Make one adapter with some labels of one adapter, or of several
 ///
-/// AesEmb and the projection stay as they are: they are small, and every layer goes through them.
-/// Training-free adapters have no value weights, and nothing to convert.
+/// A label that is dropped stays at its neutral weight, or at 0 where it has none. Several adapters
+/// must have linear coefficients and be for the same kind of U-Net.
+///
+/// Examples:
+///
+///   vmix merge adapter.safetensors --label "vibrant color" --out color.safetensors
+///
+///   vmix merge color.safetensors light.safetensors --out both.safetensors
+#[derive(Args)]
+#[command(verbatim_doc_comment)]
+struct Merge {
+    /// The adapters to take labels from.
+    #[arg(required = true)]
+    files: Vec<PathBuf>,
+    /// A label to keep; may be repeated, and sets the order. Without it, all labels.
+    #[arg(short, long = "label", alias = "labels", value_name = "NAME")]
+    labels: Vec<String>,
+    #[command(flatten)]
+    out: Out,
+}
+
+/// Write a file anew with its rows, or its values, in another element type
 #[derive(Args)]
 struct Convert {
     /// An adapter or a preset.
@@ -154,7 +160,7 @@ struct Convert {
 /// Read files completely and check all that the format asks for.
 #[derive(Args)]
 struct Validate {
-    /// Adapters and presets.
+    /// Adapters, presets and init files.
     #[arg(required = true)]
     files: Vec<PathBuf>,
 }
@@ -228,6 +234,7 @@ pub fn status(arguments: impl IntoIterator<Item = OsString>) -> u8 {
         Command::Init(arguments) => init(&arguments),
         Command::Inspect(arguments) => inspect(&arguments),
         Command::Bake(arguments) => bake(&arguments),
+        Command::Merge(arguments) => merged(&arguments),
         Command::Convert(arguments) => convert(&arguments),
         Command::Validate(arguments) => validate(&arguments),
     })
@@ -277,65 +284,76 @@ fn reported(done: Result<()>) -> u8 {
 fn init(arguments: &Init) -> Result<()> {
     let inputs = [Some(&arguments.base), arguments.labels.as_ref()];
     arguments.out.check(inputs.into_iter().flatten())?;
-    let start = match arguments.training_free {
-        false => Start::Training,
-        true => Start::TrainingFree,
-    };
     let labels = match &arguments.labels {
-        Some(path) => Labels::open_toml(path, start)?,
-        None if arguments.label.is_empty() => Labels::standard(start),
-        None => Labels::from_entries(arguments.label.iter().map(String::as_str), start)?,
+        Some(path) => Labels::open_toml(path)?,
+        None if arguments.label.is_empty() => Labels::standard(),
+        None => Labels::from_entries(arguments.label.iter().map(String::as_str))?,
     };
     let base = Checkpoint::open(&arguments.base)?;
-    for warning in base.text_encoder()?.warnings(&labels, start)? {
+    for warning in base.text_encoder()?.warnings(&labels)? {
         let _ = writeln!(io::stderr(), "warning: {}", presentable(&warning, LONGEST));
     }
-    let options = InitOptions {
-        start,
-        dtype: arguments.dtype.map(DType::from),
-        seed: arguments.seed,
-    };
     let bar = progress("encoding labels");
-    let adapter = init_adapter(&base, &labels, &options, |done, total| {
+    let untrained = init_adapter(&base, &labels, |done, total| {
         bar.set_length(total as u64);
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    arguments.out.write("writing", |path| adapter.save(path))?;
-    say(&format!(
-        "{}: {}",
-        arguments.out.path.display(),
-        Summary::of_adapter(&adapter, arguments.out.size()?).sentence()
-    ))
+    arguments
+        .out
+        .write("writing", |path| untrained.save(path))?;
+    arguments
+        .out
+        .report(|size| Summary::of_untrained(&untrained, size))
 }
 
 fn bake(arguments: &Bake) -> Result<()> {
-    let inputs = [Some(&arguments.adapter), arguments.base.as_ref()];
-    arguments.out.check(inputs.into_iter().flatten())?;
+    arguments.out.check([&arguments.adapter])?;
     let adapter = Adapter::open(&arguments.adapter)?;
     let selection = selection(&arguments.select, adapter.labels())?;
     let apply_to = arguments.apply_to.map_or(adapter.apply_to(), ApplyTo::from);
-    let dtype = arguments.dtype.into();
-    let bar = spinner("computing values");
-    let values = match &arguments.base {
-        None if adapter.value_weights() == ValueWeights::Base => {
-            let found = arguments.adapter.display();
-            return Err(format!(
-                "{found}: this adapter has no value weights of its own: say --base CHECKPOINT, \
-                 whose W_V are to serve"
-            )
-            .into());
-        }
-        None => adapter.values(&selection, apply_to, dtype)?,
-        Some(base) => adapter.values_on(&Checkpoint::open(base)?, &selection, apply_to, dtype)?,
-    };
-    bar.finish_and_clear();
+    let values = adapter.values(&selection, apply_to, arguments.dtype.into())?;
     arguments.out.write("writing", |path| values.save(path))?;
-    say(&format!(
-        "{}: {}",
-        arguments.out.path.display(),
-        Summary::of_preset(&values, arguments.out.size()?).sentence()
-    ))
+    arguments
+        .out
+        .report(|size| Summary::of_preset(&values, size))
+}
+
+fn merged(arguments: &Merge) -> Result<()> {
+    arguments.out.check(&arguments.files)?;
+    let adapters: Vec<Adapter> = arguments
+        .files
+        .iter()
+        .map(Adapter::open)
+        .collect::<crate::Result<_>>()?;
+    let made_for: BTreeSet<String> = adapters.iter().filter_map(made_for).collect();
+    if made_for.len() > 1 {
+        let names = made_for.into_iter().collect::<Vec<_>>().join(", ");
+        let names = presentable(&names, LONGEST);
+        let _ = writeln!(
+            io::stderr(),
+            "warning: made for different checkpoints: {names}"
+        );
+    }
+    let labels: Vec<&str> = arguments.labels.iter().map(String::as_str).collect();
+    let labels = (!labels.is_empty()).then_some(&*labels);
+    let adapter = merge(&adapters, labels)?;
+    arguments.out.write("writing", |path| adapter.save(path))?;
+    arguments
+        .out
+        .report(|size| Summary::of_adapter(&adapter, size))
+}
+
+/// The checkpoint that an adapter was made for, where it says so.
+fn made_for(adapter: &Adapter) -> Option<String> {
+    made(adapter.metadata())["base"].as_str().map(str::to_owned)
+}
+
+/// `vmix.made`; null where a file has none.
+fn made(metadata: &BTreeMap<String, String>) -> Value {
+    let made = metadata.get("vmix.made");
+    made.and_then(|made| serde_json::from_str(made).ok())
+        .unwrap_or(Value::Null)
 }
 
 /// The labels and weights that were named, or the file's defaults.
@@ -382,42 +400,41 @@ fn selection(given: &[String], labels: &Labels) -> Result<Selection> {
 fn convert(arguments: &Convert) -> Result<()> {
     arguments.out.check([])?; // in place is as meant
     let dtype = arguments.dtype.into();
-    let bar = spinner("converting");
-    let summary = match open(&arguments.file)? {
+    match open(&arguments.file)? {
         Opened::Adapter(adapter) => {
             let adapter = adapter.to_dtype(dtype)?;
-            bar.finish_and_clear();
             arguments.out.write("writing", |path| adapter.save(path))?;
-            Summary::of_adapter(&adapter, arguments.out.size()?)
+            arguments
+                .out
+                .report(|size| Summary::of_adapter(&adapter, size))
         }
         Opened::Preset(values) => {
             let values = values.to_dtype(dtype)?;
-            bar.finish_and_clear();
             arguments.out.write("writing", |path| values.save(path))?;
-            Summary::of_preset(&values, arguments.out.size()?)
+            arguments
+                .out
+                .report(|size| Summary::of_preset(&values, size))
         }
-    };
-    say(&format!(
-        "{}: {}",
-        arguments.out.path.display(),
-        summary.sentence()
-    ))
+        Opened::Untrained(_) => {
+            let file = arguments.file.display();
+            Err(format!("{file}: an init file has neither rows nor values to convert").into())
+        }
+    }
 }
 
 fn validate(arguments: &Validate) -> Result<()> {
     let mut refused = 0;
     for path in &arguments.files {
-        let bar = spinner("checking");
-        let found = open(path).and_then(|opened| match opened {
-            Opened::Adapter(adapter) => adapter
-                .validate()
-                .map(|()| valid("adapter", adapter.metadata())),
-            // It is read as a whole.
-            Opened::Preset(values) => Ok(valid("preset", &values.metadata())),
-        });
-        bar.finish_and_clear();
-        match found {
-            Ok(what) => say(&format!("{}: {what}", path.display()))?,
+        // To open a file is to read and check all of it.
+        match open(path) {
+            Ok(opened) => {
+                let kind = match opened {
+                    Opened::Adapter(_) => "adapter",
+                    Opened::Preset(_) => "preset",
+                    Opened::Untrained(_) => "init file",
+                };
+                say(&format!("{}: a valid {kind}", path.display()))?;
+            }
             Err(error) if arguments.files.len() == 1 => return Err(error.into()),
             Err(error) => {
                 refused += 1;
@@ -431,22 +448,12 @@ fn validate(arguments: &Validate) -> Result<()> {
     }
 }
 
-fn valid(kind: &str, metadata: &BTreeMap<String, String>) -> String {
-    match is_experimental(metadata) {
-        true => format!("a valid {kind} (EXPERIMENTAL, training-free)"),
-        false => format!("a valid {kind}"),
-    }
-}
-
-fn is_experimental(metadata: &BTreeMap<String, String>) -> bool {
-    metadata.get("vmix.projection").map(String::as_str) == Some(ProjectionKind::Difference.name())
-}
-
 fn inspect(arguments: &Inspect) -> Result<()> {
     let size = fs::metadata(&arguments.file).map_or(0, |metadata| metadata.len());
     let summary = match open(&arguments.file)? {
         Opened::Adapter(adapter) => Summary::of_adapter(&adapter, size),
         Opened::Preset(values) => Summary::of_preset(&values, size),
+        Opened::Untrained(untrained) => Summary::of_untrained(&untrained, size),
     };
     say(&if arguments.json {
         serde_json::to_string_pretty(&summary.0)?
@@ -460,17 +467,13 @@ struct Summary(Value);
 
 impl Summary {
     fn of_adapter(adapter: &Adapter, bytes: u64) -> Self {
-        let mut summary = Self::new(
-            "adapter",
-            adapter.base(),
-            adapter.labels(),
-            adapter.layers(),
-            adapter.metadata(),
-        );
+        let (labels, metadata) = (adapter.labels(), adapter.metadata());
+        let mut summary = Self::new("adapter", adapter.base(), labels, metadata);
         summary.extend(json!({
-            "projection": adapter.projection().name(),
-            "value_weights": adapter.value_weights().name(),
-            "dtype": adapter.dtype().map(DType::name),
+            "coefficients": adapter.coefficient_kind().name(),
+            "rows": adapter.row_sides().len(),
+            "layers": layers(adapter.layers()),
+            "dtype": adapter.dtype().name(),
             "context_tokens": adapter.context_tokens(),
             "context_dim": adapter.context_dim(),
             "apply_to": adapter.apply_to().name(),
@@ -484,16 +487,11 @@ impl Summary {
         let selection: serde_json::Map<String, Value> = names
             .zip(values.weights().iter().map(|&weight| short(weight)))
             .collect();
-        let mut summary = Self::new(
-            "preset",
-            values.base(),
-            values.labels(),
-            values.layers(),
-            &values.metadata(),
-        );
+        let (labels, metadata) = (values.labels(), values.metadata());
+        let mut summary = Self::new("preset", values.base(), labels, &metadata);
         summary.extend(json!({
             "selection": selection,
-            "projection": values.metadata().get("vmix.projection"),
+            "layers": layers(values.layers()),
             "dtype": values.dtype().name(),
             "context_tokens": values.context_tokens(),
             "apply_to": values.apply_to().name(),
@@ -503,13 +501,18 @@ impl Summary {
         summary
     }
 
-    fn new(
-        kind: &str,
-        base: Base,
-        labels: &Labels,
-        layers: &Layers,
-        metadata: &BTreeMap<String, String>,
-    ) -> Self {
+    fn of_untrained(untrained: &Untrained, bytes: u64) -> Self {
+        let (labels, metadata) = (untrained.labels(), untrained.metadata());
+        let mut summary = Self::new("init", untrained.base(), labels, metadata);
+        summary.extend(json!({
+            "context_tokens": untrained.context_tokens(),
+            "context_dim": untrained.context_dim(),
+            "bytes": bytes,
+        }));
+        summary
+    }
+
+    fn new(kind: &str, base: Base, labels: &Labels, metadata: &BTreeMap<String, String>) -> Self {
         let labels: Vec<Value> = labels
             .iter()
             .map(|label| {
@@ -517,25 +520,14 @@ impl Summary {
                     "name": label.name, "dimension": label.dimension,
                     "positive": label.positive, "negative": label.negative,
                     "default": short(label.default), "neutral": label.neutral.map(short),
-                    "display_names": label.display_names,
+                    "range": label.range.map(short), "step": short(label.step),
+                    "effect": label.effect, "display_names": label.display_names,
                 })
             })
             .collect();
-        let layers: Vec<Value> = layers
-            .iter()
-            .map(|layer| {
-                json!({
-                    "name": layer.name, "ldm_name": layer.ldm_name,
-                    "inner_dim": layer.inner_dim,
-                })
-            })
-            .collect();
-        let training = metadata.get("vmix.trained").map_or("no", String::as_str);
         Self(json!({
-            "kind": kind, "base": base.name(), "labels": labels, "layers": layers,
-            "trained": training != "no", "training": training,
-            "experimental": is_experimental(metadata),
-            "metadata": metadata,
+            "kind": kind, "base": base.name(), "labels": labels,
+            "made": made(metadata), "metadata": metadata,
         }))
     }
 
@@ -550,20 +542,13 @@ impl Summary {
         self.0[key].as_str().unwrap_or("")
     }
 
-    /// What kind of adapter or preset it is, in words.
+    /// What it is, in words.
     fn what(&self) -> String {
-        let training = match (self.0["experimental"] == true, self.0["trained"] == true) {
-            (true, _) => "training-free",
-            (_, false) => "untrained",
-            (_, true) => "trained",
-        };
-        let what = match self.text("kind") {
-            "preset" => format!("preset of {training} labels"),
-            kind => format!("{training} {kind}"),
-        };
-        match self.0["experimental"] == true {
-            true => format!("{what} (EXPERIMENTAL)"),
-            false => what,
+        let method = self.0["made"]["method"].as_str().unwrap_or("");
+        match self.text("kind") {
+            "preset" => format!("preset of {method} labels"),
+            "init" => "init file".to_owned(),
+            kind => format!("{method} {kind}"),
         }
     }
 
@@ -583,36 +568,47 @@ impl Summary {
         );
         let (what, size) = (self.what(), self.size());
         let plural = if labels == 1 { "" } else { "s" };
-        format!("{what} for {base}, {labels} label{plural}, {layers} layers, {size}")
+        let layers = match layers {
+            0 => String::new(),
+            _ => format!("{layers} layers, "),
+        };
+        format!("{what} for {base}, {labels} label{plural}, {layers}{size}")
     }
 
     fn table(&self) -> Result<String> {
         let mut rows = vec![
             ("kind", self.what()),
             ("base", self.text("base").to_owned()),
-            ("trained", self.text("training").to_owned()),
         ];
-        for key in ["projection", "value_weights"] {
-            if self.0[key].is_string() {
-                rows.push((key, self.text(key).to_owned()));
-            }
+        if let Some(made) = self.0["made"].as_object() {
+            let shown = |value: &Value| match value {
+                Value::String(text) => text.clone(),
+                value => value.to_string(),
+            };
+            let parts = made
+                .iter()
+                .map(|(key, value)| format!("{key}: {}", shown(value)));
+            rows.push(("made", parts.collect::<Vec<_>>().join(", ")));
+        }
+        if self.0["coefficients"].is_string() {
+            let count = self.0["rows"].to_string();
+            rows.push(("rows", format!("{count}, {}", self.text("coefficients"))));
+        }
+        if self.0["dtype"].is_string() {
+            rows.push(("dtype", self.text("dtype").to_owned()));
         }
         let context = match &self.0["context_dim"] {
             Value::Null => format!("{} tokens", self.0["context_tokens"]),
             dim => format!("{} tokens of width {dim}", self.0["context_tokens"]),
         };
-        let dtype = match &self.0["dtype"] {
-            Value::Null if self.text("value_weights") == "own" => "mixed".to_owned(),
-            Value::Null => "the base's own".to_owned(),
-            _ => self.text("dtype").to_owned(),
-        };
-        rows.extend([
-            ("dtype", dtype),
-            ("size", self.size()),
-            ("layers", self.count("layers").to_string()),
-            ("context", context),
-            ("apply_to", self.text("apply_to").to_owned()),
-        ]);
+        rows.push(("size", self.size()));
+        if self.0["layers"].is_array() {
+            rows.push(("layers", self.count("layers").to_string()));
+        }
+        rows.push(("context", context));
+        if self.0["apply_to"].is_string() {
+            rows.push(("apply_to", self.text("apply_to").to_owned()));
+        }
         if self.0["origin"].is_string() {
             rows.push(("origin", self.text("origin").to_owned()));
         }
@@ -645,32 +641,57 @@ impl Summary {
     }
 
     fn label_table(&self) -> String {
-        let weights = if self.text("kind") == "preset" {
+        let weight = if self.text("kind") == "preset" {
             "weight"
         } else {
             "default"
         };
-        let mut rows =
-            vec![["label", "dimension", weights, "positive", "negative"].map(String::from)];
+        let head = [
+            "label",
+            "dimension",
+            weight,
+            "neutral",
+            "range",
+            "positive",
+            "negative",
+            "effect",
+        ];
+        let mut rows = vec![head.map(String::from)];
         for label in self.0["labels"].as_array().into_iter().flatten() {
             let text = |key: &str| presentable(label[key].as_str().unwrap_or(""), LONGEST);
             let weight = match &self.0["selection"] {
                 Value::Null => &label["default"],
                 selection => &selection[label["name"].as_str().unwrap_or("")],
             };
-            let quoted = |key: &str| match text(key) {
-                text if text.is_empty() => "(no text)".to_owned(),
-                text => text,
+            let texts = |key: &str| {
+                let texts = label[key].as_array().into_iter().flatten();
+                let quoted = texts.map(|text| match text.as_str().unwrap_or("") {
+                    "" => "(no text)".to_owned(),
+                    text => presentable(text, LONGEST),
+                });
+                quoted.collect::<Vec<_>>().join(" / ")
             };
+            let neutral = match &label["neutral"] {
+                Value::Null => "none".to_owned(),
+                neutral => neutral.to_string(),
+            };
+            let effect = label["effect"].as_object().into_iter().flatten();
+            let effect = effect.map(|(name, x)| {
+                let x = x.as_f64().unwrap_or(f64::NAN);
+                format!("{} {x:.3}", presentable(name, LONGEST))
+            });
             rows.push([
                 text("name"),
                 text("dimension"),
                 weight.to_string(),
-                quoted("positive"),
-                quoted("negative"),
+                neutral,
+                format!("{} to {}", label["range"][0], label["range"][1]),
+                texts("positive"),
+                texts("negative"),
+                effect.collect::<Vec<_>>().join(", "),
             ]);
         }
-        let widths: Vec<usize> = (0..5)
+        let widths: Vec<usize> = (0..head.len())
             .map(|column| {
                 let cells = rows.iter().map(|row| row[column].width());
                 cells.max().unwrap_or(0) + 2
@@ -685,6 +706,15 @@ impl Summary {
         });
         lines.collect::<Vec<_>>().join("\n")
     }
+}
+
+fn layers(layers: &[crate::Layer]) -> Vec<Value> {
+    let of = |layer: &crate::Layer| {
+        json!({
+            "name": layer.name, "ldm_name": layer.ldm_name, "inner_dim": layer.inner_dim,
+        })
+    };
+    layers.iter().map(of).collect()
 }
 
 /// A weight as its shortest decimal, 0.1 and not 0.10000000149011612.
@@ -748,8 +778,11 @@ impl Out {
         Ok(())
     }
 
-    fn size(&self) -> Result<u64> {
-        Ok(fs::metadata(&self.path)?.len())
+    /// Says what was written.
+    fn report(&self, summary: impl FnOnce(u64) -> Summary) -> Result<()> {
+        let size = fs::metadata(&self.path)?.len();
+        let (path, sentence) = (self.path.display(), summary(size).sentence());
+        say(&format!("{path}: {sentence}"))
     }
 }
 

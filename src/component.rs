@@ -1,11 +1,6 @@
 //! The tensors of one part of a base model: a prefix in a single-file checkpoint, or a folder of a
 //! diffusers pipeline with one file or several.
 
-#![cfg_attr(
-    not(feature = "clip"),
-    allow(dead_code, reason = "text encoders use the rest")
-)]
-
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
@@ -67,7 +62,7 @@ impl Component {
         };
         let files = names
             .iter()
-            .map(|name| Ok(Arc::new(File::open(&folder.join(name))?)))
+            .map(|name| Ok(Arc::new(File::map(&folder.join(name))?)))
             .collect::<Result<_>>()?;
         Ok(Self {
             files,

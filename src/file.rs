@@ -1,7 +1,16 @@
-//! safetensors files, mapped or in memory; nothing in them is believed before it was checked.
+//! safetensors files: those of VMix in memory, base models mapped. Nothing in them is believed before it
+//! is checked.
 
-use std::{collections::BTreeMap, fs, io, io::Write, ops::Range, path::Path, sync::OnceLock};
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    io::{Read, Write},
+    ops::Range,
+    path::Path,
+    sync::OnceLock,
+};
 
+#[cfg(feature = "clip")]
 use memmap2::Mmap;
 use safetensors::{SafeTensorError, SafeTensors};
 use serde::Deserialize;
@@ -24,6 +33,7 @@ pub(crate) struct File {
 
 #[derive(Debug)]
 enum Bytes {
+    #[cfg(feature = "clip")]
     Mapped(Mmap),
     Owned(Vec<u8>),
 }
@@ -43,19 +53,74 @@ pub(crate) struct View<'a> {
     pub bytes: &'a [u8],
 }
 
+/// Of a larger file the header is asked first: base models have gigabytes.
+const LARGE: u64 = 1 << 26;
+/// Twice the largest preset that the format allows.
+const LARGEST: u64 = 1 << 32;
+
 impl File {
-    /// Maps the file and reads its header; no other page is touched.
-    pub fn open(path: &Path) -> Result<Self> {
+    /// Reads a VMix file whole. A large file that is none, such as a base model, is not read beyond its
+    /// header.
+    pub fn read(path: &Path) -> Result<Self> {
         let io_error = |source| Error::Io {
             path: path.to_owned(),
             source,
         };
         // Asked before opening: a pipe would wait for somebody to write.
         refuse_what_is_no_file(path).map_err(io_error)?;
+        let mut file = fs::File::open(path).map_err(io_error)?;
+        let len = file.metadata().map_err(io_error)?.len();
+        let name = path.display().to_string();
+        let mut bytes = Vec::new();
+        if len > LARGE {
+            (&mut file)
+                .take(8)
+                .read_to_end(&mut bytes)
+                .map_err(io_error)?;
+            let header = bytes.first_chunk().map_or(0, |n| u64::from_le_bytes(*n));
+            (&mut file)
+                .take(header.min(LONGEST_HEADER))
+                .read_to_end(&mut bytes)
+                .map_err(io_error)?;
+            if header > LONGEST_HEADER {
+                return Self::parse(name, Bytes::Owned(bytes)); // which says what it is instead
+            }
+            let holds = |word: &[u8]| bytes.windows(word.len()).any(|part| part == word);
+            if !holds(b"vmix.format") {
+                return Err(Error::Metadata {
+                    file: name,
+                    key: "vmix.format".to_owned(),
+                    expected: crate::metadata::expected_format(holds(b"lora_")),
+                    found: "no such key".to_owned(),
+                });
+            }
+            if len > LARGEST {
+                let expected = format!("at most {LARGEST} bytes");
+                return Err(Error::argument(name, expected, len.to_string()));
+            }
+        }
+        let size = usize::try_from(len).unwrap_or(usize::MAX);
+        if bytes
+            .try_reserve_exact(size - bytes.len().min(size))
+            .is_err()
+        {
+            return Err(Error::OutOfMemory { bytes: size });
+        }
+        file.read_to_end(&mut bytes).map_err(io_error)?;
+        Self::parse(name, Bytes::Owned(bytes))
+    }
+
+    /// Maps the file and reads its header; no other page is touched.
+    #[cfg(feature = "clip")]
+    pub fn map(path: &Path) -> Result<Self> {
+        let io_error = |source| Error::Io {
+            path: path.to_owned(),
+            source,
+        };
+        refuse_what_is_no_file(path).map_err(io_error)?;
         let file = fs::File::open(path).map_err(io_error)?;
         // SAFETY: a mapping is sound as long as nobody truncates or rewrites the file in place
-        // while it is open. Like every safetensors reader we rely on that; our own writer replaces
-        // files by renaming, which leaves existing mappings intact.
+        // while it is open. Like every reader of safetensors we rely on that for base models.
         let map = unsafe { Mmap::map(&file) }.map_err(io_error)?;
         Self::parse(path.display().to_string(), Bytes::Mapped(map))
     }
@@ -115,30 +180,6 @@ impl File {
         self.entries.contains_key(name)
     }
 
-    pub fn is_in_memory(&self) -> bool {
-        matches!(self.bytes, Bytes::Owned(_))
-    }
-
-    /// Gives back the memory of what was read and is not read again soon. The system keeps the
-    /// content for as long as it has nothing better to do with it.
-    pub fn let_go(&self, view: View<'_>) {
-        #[cfg(unix)]
-        if let Bytes::Mapped(map) = &self.bytes {
-            let offset = view.bytes.as_ptr().addr().wrapping_sub(map.as_ptr().addr());
-            if offset.saturating_add(view.bytes.len()) > map.len() {
-                return;
-            }
-            let done = memmap2::UncheckedAdvice::DontNeed;
-            // SAFETY: nothing is ever written to the mapping, so that a page that is read again has
-            // the file's content again.
-            let asked = unsafe { map.unchecked_advise_range(done, offset, view.bytes.len()) };
-            // It is no more than advice.
-            let _ = asked;
-        }
-        #[cfg(not(unix))]
-        let _ = view;
-    }
-
     /// SHA-256 of the whole file in hexadecimal, as `sha256sum` prints it.
     pub fn sha256(&self) -> &str {
         self.sha256.get_or_init(|| {
@@ -186,18 +227,33 @@ impl File {
         }
     }
 
-    /// A tensor that is read where it lies, checked like [`File::small_tensor`].
-    pub fn check_small_tensor(&self, name: &str, shape: &[usize]) -> Result<()> {
-        let view = self.tensor_of_shape(name, shape)?;
-        let mut block = [0.0; 4096];
-        for bytes in view.bytes.chunks(block.len() * view.dtype.size()) {
-            let block = &mut block[..bytes.len() / view.dtype.size()];
-            crate::tensor::widen(view.dtype, bytes, block);
-            if let Some(x) = block.iter().find(|x| !x.is_finite()) {
-                return Err(self.tensor_error(name, "finite values", x.to_string()));
-            }
+    /// A tensor that must be F32, checked to be finite.
+    pub fn f32_tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
+        let dtype = self.tensor_of_shape(name, shape)?.dtype;
+        if dtype != DType::F32 {
+            let found = format!("{:?}", safetensors::Dtype::from(dtype));
+            return Err(self.tensor_error(name, "F32", found));
         }
-        Ok(())
+        self.small_tensor(name, shape)
+    }
+
+    /// A tensor in the dtype that it has, checked to be finite and of the dtype of others, if given.
+    pub fn finite_tensor(
+        &self,
+        name: &str,
+        shape: &[usize],
+        dtype: Option<DType>,
+    ) -> Result<Tensor> {
+        let view = self.tensor_of_shape(name, shape)?;
+        if let Some(dtype) = dtype.filter(|dtype| *dtype != view.dtype) {
+            let expected = format!("{dtype}, as the other tensors");
+            return Err(self.tensor_error(name, expected, view.dtype.name()));
+        }
+        let tensor = view.to_tensor();
+        match tensor.is_finite() {
+            true => Ok(tensor),
+            false => Err(self.tensor_error(name, "finite values", "NaN or infinity")),
+        }
     }
 
     /// Refuses tensors that are not among the known ones.
@@ -329,6 +385,7 @@ fn explain(bytes: &[u8]) -> Option<String> {
 impl AsRef<[u8]> for Bytes {
     fn as_ref(&self) -> &[u8] {
         match self {
+            #[cfg(feature = "clip")]
             Self::Mapped(map) => map,
             Self::Owned(bytes) => bytes,
         }

@@ -4,11 +4,10 @@ use std::{collections::BTreeMap, path::Path};
 
 use serde::Deserialize;
 
-use crate::{Error, Label, Labels, Result, Start, component::read};
+use crate::{Error, Label, Labels, Result, component::read};
 
 /// Distinct rare tokens of CLIP's vocabulary: one token each, of the last fifth by frequency, and no
 /// word. They stand for "not having the label" (paper, section 3.2) where a list says nothing else.
-/// Without training the empty text does, which was measured to be better (docs/training-free).
 const RARE: [&str; 30] = [
     "sks", "nmwx", "nlwx", "kprs", "bdg", "scd", "hns", "kts", "pgs", "bsf", "bgs", "tls", "pkk",
     "spp", "brs", "cbp", "hcs", "ttm", "smx", "csn", "slv", "tmw", "cws", "lhp", "ntv", "bsp",
@@ -29,46 +28,62 @@ struct Entry {
     name: String,
     #[serde(default)]
     dimension: String,
-    positive: Option<String>,
-    negative: Option<String>,
+    positive: Option<Texts>,
+    negative: Option<Texts>,
     default: Option<f32>,
     neutral: Option<f32>,
+    range: Option<[f32; 2]>,
+    step: Option<f32>,
     #[serde(default)]
     display_names: BTreeMap<String, String>,
 }
 
+/// One text, or several phrasings of it.
+#[derive(Deserialize, Clone)]
+#[serde(untagged)]
+enum Texts {
+    One(String),
+    Several(Vec<String>),
+}
+
+impl Texts {
+    fn list(&self) -> Vec<String> {
+        match self {
+            Self::One(text) => vec![text.clone()],
+            Self::Several(texts) => texts.clone(),
+        }
+    }
+}
+
 impl Labels {
     /// The default labels: seven, along the paper's dimensions.
-    pub fn standard(start: Start) -> Self {
-        Self::from_toml(STANDARD, start).expect("the list that this library brings along")
+    pub fn standard() -> Self {
+        Self::from_toml(STANDARD).expect("the list that this library brings along")
     }
 
     /// Reads a `labels.toml`.
-    pub fn open_toml(path: impl AsRef<Path>, start: Start) -> Result<Self> {
+    pub fn open_toml(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
         let text = String::from_utf8(read(path)?)
             .map_err(|e| refused(&path.display().to_string(), format!("no UTF-8: {e}")))?;
-        Self::parse_toml(&text, start).map_err(|found| refused(&path.display().to_string(), found))
+        Self::parse_toml(&text).map_err(|found| refused(&path.display().to_string(), found))
     }
 
     /// Reads the text of a `labels.toml`: a `[[label]]` each, with `name` and, where wanted,
-    /// `dimension`, `positive` (else the name), `negative` and `default` (else what suits the start),
-    /// `neutral` and `display_names`.
-    pub fn from_toml(text: &str, start: Start) -> Result<Self> {
-        Self::parse_toml(text, start).map_err(|found| refused("labels", found))
+    /// `dimension`, `positive` (else the name) and `negative` (else a rare token), each a text or a list
+    /// of phrasings, `default`, `neutral`, `range`, `step` and `display_names`.
+    pub fn from_toml(text: &str) -> Result<Self> {
+        Self::parse_toml(text).map_err(|found| refused("labels", found))
     }
 
-    fn parse_toml(text: &str, start: Start) -> std::result::Result<Self, String> {
+    fn parse_toml(text: &str) -> std::result::Result<Self, String> {
         let List { label } = toml::from_str(text).map_err(|e| e.to_string().trim().to_owned())?;
-        Self::of(label, start)
+        Self::of(label)
     }
 
     /// Reads labels that were typed: `name`, `name: positive text` or
     /// `name: positive text | negative text` each.
-    pub fn from_entries<'a>(
-        entries: impl IntoIterator<Item = &'a str>,
-        start: Start,
-    ) -> Result<Self> {
+    pub fn from_entries<'a>(entries: impl IntoIterator<Item = &'a str>) -> Result<Self> {
         let entry = |entry: &'a str| {
             let (name, texts) = match entry.split_once(':') {
                 Some((name, texts)) => (name, Some(texts)),
@@ -86,54 +101,69 @@ impl Labels {
             Ok(Entry {
                 name: name.trim().to_owned(),
                 dimension: String::new(),
-                positive: texts.map(|(positive, _)| positive.trim().to_owned()),
-                negative: texts.and_then(|(_, negative)| Some(negative?.trim().to_owned())),
+                positive: texts.map(|(positive, _)| Texts::One(positive.trim().to_owned())),
+                negative: texts
+                    .and_then(|(_, negative)| Some(Texts::One(negative?.trim().to_owned()))),
                 default: None,
                 neutral: None,
+                range: None,
+                step: None,
                 display_names: BTreeMap::new(),
             })
         };
         let entries = entries.into_iter().map(entry);
         entries
             .collect::<std::result::Result<_, _>>()
-            .and_then(|entries| Self::of(entries, start))
+            .and_then(Self::of)
             .map_err(|found| refused("labels", found))
     }
 
-    fn of(entries: Vec<Entry>, start: Start) -> std::result::Result<Self, String> {
+    fn of(entries: Vec<Entry>) -> std::result::Result<Self, String> {
         // In order, and not one that another label was given.
-        let given: Vec<String> = entries.iter().filter_map(|e| e.negative.clone()).collect();
+        let given: Vec<String> = entries
+            .iter()
+            .filter_map(|entry| Some(entry.negative.as_ref()?.list()))
+            .flatten()
+            .collect();
         let mut rare = RARE
             .iter()
             .filter(|token| !given.iter().any(|text| text == *token));
-        let mut negative_for = |name: &str| match start {
-            Start::Training => rare.next().map(|token| (*token).to_owned()).ok_or_else(|| {
+        let mut negative_for = |name: &str| {
+            rare.next().map(|token| (*token).to_owned()).ok_or_else(|| {
                 let most = RARE.len();
                 format!("more than {most} labels without a negative: give `{name}` one")
-            }),
-            Start::TrainingFree => Ok(String::new()),
-        };
-        let default = match start {
-            Start::Training => 1.0,
-            // Differences add up. By default all together are as strong as one of them.
-            Start::TrainingFree => two_digits(1.0 / entries.len() as f64),
+            })
         };
         let labels = entries
             .into_iter()
             .map(|entry| {
-                entry.check(start)?;
-                let negative = match entry.negative {
-                    Some(negative) => negative,
-                    None => negative_for(&entry.name)?,
+                entry.check()?;
+                let negative = match &entry.negative {
+                    Some(negative) => negative.list(),
+                    None => vec![negative_for(&entry.name)?],
                 };
+                let positive = entry.positive.as_ref().map(Texts::list);
+                let plain = Label::new(&entry.name, &entry.name, "");
+                let default = entry.default.unwrap_or(plain.default);
+                // A slider reaches its default and its neutral weight.
+                let range = entry.range.unwrap_or_else(|| {
+                    let ends = [default, entry.neutral.unwrap_or(default)];
+                    let [low, high] = plain.range;
+                    [
+                        ends.into_iter().fold(low, f32::min),
+                        ends.into_iter().fold(high, f32::max),
+                    ]
+                });
                 Ok(Label {
-                    positive: entry.positive.unwrap_or_else(|| entry.name.clone()),
-                    name: entry.name,
-                    dimension: entry.dimension,
+                    positive: positive.unwrap_or_else(|| plain.positive.clone()),
                     negative,
-                    default: entry.default.unwrap_or(default),
+                    dimension: entry.dimension,
+                    default,
                     neutral: entry.neutral,
+                    range,
+                    step: entry.step.unwrap_or(plain.step),
                     display_names: entry.display_names,
+                    ..plain
                 })
             })
             .collect::<std::result::Result<Vec<_>, String>>()?;
@@ -150,7 +180,7 @@ impl Labels {
 
 impl Entry {
     /// What a file may hold, but whoever writes a list did not mean.
-    fn check(&self, start: Start) -> std::result::Result<(), String> {
+    fn check(&self) -> std::result::Result<(), String> {
         let name = &self.name;
         if name.trim() != name {
             return Err(format!("label `{name}`, which begins or ends with a space"));
@@ -161,10 +191,11 @@ impl Entry {
         if Labels::RESERVED.contains(&name.to_lowercase().as_str()) {
             return Err(format!("a label named `{name}`, which is reserved"));
         }
+        let blank = |text: &String| text.trim().is_empty();
         if self
             .positive
-            .as_deref()
-            .is_some_and(|text| text.trim().is_empty())
+            .as_ref()
+            .is_some_and(|texts| texts.list().iter().any(blank))
         {
             return Err(format!("label `{name}` without a positive text"));
         }
@@ -174,11 +205,6 @@ impl Entry {
                     "label `{name}` with {key} {weight}, no finite number in f32"
                 ));
             }
-        }
-        if start == Start::TrainingFree && self.neutral.is_some_and(|weight| weight != 0.0) {
-            return Err(format!(
-                "label `{name}` with a neutral weight of its own: without training it is 0"
-            ));
         }
         let is_tag = |tag: &str| {
             let mut parts = tag.split('-');
@@ -198,11 +224,6 @@ impl Entry {
         }
         Ok(())
     }
-}
-
-/// Rounded to two digits, which weights have that people read.
-fn two_digits(x: f64) -> f32 {
-    format!("{x:.1e}").parse().expect("a number")
 }
 
 fn refused(list: &str, found: String) -> Error {
@@ -229,7 +250,7 @@ mod tests {
 
     #[test]
     fn the_standard_list_covers_the_papers_dimensions() {
-        let labels = Labels::standard(Start::Training);
+        let labels = Labels::standard();
         for dimension in [
             "color",
             "lighting",
@@ -244,7 +265,10 @@ mod tests {
             );
         }
         for label in labels.iter() {
-            assert!(label.positive.is_ascii(), "what is encoded is English");
+            assert!(
+                label.positive.iter().all(|text| text.is_ascii()),
+                "what is encoded is English"
+            );
             let languages: Vec<_> = label.display_names.keys().map(String::as_str).collect();
             assert_eq!(languages, ["de", "es", "fr", "ja", "zh"], "{}", label.name);
         }
@@ -257,10 +281,10 @@ mod tests {
             "red: bright red; #1",
             "calm: a calm mood | sks",
         ];
-        let labels = Labels::from_entries(entries, Start::Training).unwrap();
+        let labels = Labels::from_entries(entries).unwrap();
         let parts: Vec<_> = labels
             .iter()
-            .map(|l| (l.name.as_str(), l.positive.as_str(), l.negative.as_str()))
+            .map(|l| (&*l.name, &*l.positive[0], &*l.negative[0]))
             .collect();
         assert_eq!(
             parts,
@@ -273,19 +297,14 @@ mod tests {
     }
 
     #[test]
-    fn without_training_labels_are_told_from_no_text_and_share_the_strength() {
-        let entries = ["red", "blue: deep blue | grey", "warm"];
-        let labels = Labels::from_entries(entries, Start::TrainingFree);
-        let parts: Vec<_> = labels
-            .unwrap()
-            .iter()
-            .map(|l| (l.negative.clone(), l.default))
-            .collect();
-        let expected = [("", 0.33), ("grey", 0.33), ("", 0.33)];
-        assert_eq!(
-            parts,
-            expected.map(|(text, weight)| (text.to_owned(), weight))
-        );
+    fn labels_may_have_several_texts_and_sliders_reach_their_weights() {
+        let toml = "[[label]]\nname = 'light'\npositive = ['bright light', 'sunlit']\n\
+                    negative = ['dark', '']\ndefault = 1.5\nneutral = -0.5";
+        let labels = Labels::from_toml(toml).unwrap();
+        assert_eq!(labels[0].positive, ["bright light", "sunlit"]);
+        assert_eq!(labels[0].negative, ["dark", ""]);
+        assert_eq!(labels[0].range, [-0.5, 1.5]);
+        assert_eq!(labels[0].step, 0.05);
     }
 
     #[test]
@@ -317,17 +336,13 @@ mod tests {
                 "no language tag",
             ),
         ] {
-            let found = Labels::from_toml(toml, Start::Training)
-                .unwrap_err()
-                .to_string();
+            let found = Labels::from_toml(toml).unwrap_err().to_string();
             assert!(found.contains(complaint), "{toml}: {found}");
         }
         let many: Vec<String> = (0..31).map(|i| format!("l{i}")).collect();
         let many = || many.iter().map(String::as_str);
-        let found = Labels::from_entries(many(), Start::Training);
+        let found = Labels::from_entries(many());
         let found = found.unwrap_err().to_string();
         assert!(found.contains("give `l30` one"), "{found}");
-        let labels = Labels::from_entries(many(), Start::TrainingFree).unwrap();
-        assert_eq!(labels[0].default, 0.032);
     }
 }

@@ -1,13 +1,10 @@
 //! Aesthetic labels and the choice among them (paper, section 3.2).
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    error::{Error, nearest},
-    json::unique_keys,
-};
+use crate::error::{Error, nearest};
 
 /// One aesthetic label: y_a and its counterpart ŷ_a.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -17,23 +14,122 @@ pub struct Label {
     /// The aesthetic dimension it belongs to, such as "color" or "lighting".
     #[serde(default)]
     pub dimension: String,
-    /// The text whose feature stands for having the label.
-    pub positive: String,
-    /// The rare identifier whose feature stands for not having it.
-    pub negative: String,
-    /// The weight that hosts start from.
+    /// Texts that mean having the label, at least one.
+    pub positive: Vec<String>,
+    /// Texts that mean the opposite, at least one.
+    pub negative: Vec<String>,
+    /// The weight that hosts start from, within `range`.
     #[serde(default = "one")]
     pub default: f32,
     /// The weight at which the label changes nothing, if there is one.
     #[serde(default)]
     pub neutral: Option<f32>,
+    /// Lowest and highest weight of a slider.
+    #[serde(default = "zero_to_one")]
+    pub range: [f32; 2],
+    /// Step of a slider.
+    #[serde(default = "twentieth")]
+    pub step: f32,
+    /// What was measured when the file was made, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub effect: BTreeMap<String, f64>,
     /// Names to show, by language tag.
-    #[serde(default, deserialize_with = "unique_keys")]
+    #[serde(default)]
     pub display_names: BTreeMap<String, String>,
+    /// Keys of a later version, which are kept.
+    #[serde(flatten)]
+    pub other: BTreeMap<String, serde_json::Value>,
 }
 
 fn one() -> f32 {
     1.0
+}
+
+fn zero_to_one() -> [f32; 2] {
+    [0.0, 1.0]
+}
+
+fn twentieth() -> f32 {
+    0.05
+}
+
+impl Label {
+    /// A label with one positive and one negative text, and everything else as in a file that does
+    /// not say it.
+    pub fn new(
+        name: impl Into<String>,
+        positive: impl Into<String>,
+        negative: impl Into<String>,
+    ) -> Self {
+        Self {
+            name: name.into(),
+            dimension: String::new(),
+            positive: vec![positive.into()],
+            negative: vec![negative.into()],
+            default: one(),
+            neutral: None,
+            range: zero_to_one(),
+            step: twentieth(),
+            effect: BTreeMap::new(),
+            display_names: BTreeMap::new(),
+            other: BTreeMap::new(),
+        }
+    }
+
+    /// Its weight where a selection leaves it out: neutral, or 0 where it has no neutral weight.
+    pub fn left_out(&self) -> f32 {
+        self.neutral.unwrap_or(0.0)
+    }
+
+    /// The weight opposite to `weight`: 2·neutral − w, or 0 where it has no neutral weight.
+    pub fn opposite(&self, weight: f32) -> f32 {
+        self.neutral.map_or(0.0, |neutral| 2.0 * neutral - weight)
+    }
+
+    /// What is wrong with it, if anything.
+    fn check(&self) -> Result<(), String> {
+        let Self { name, .. } = self;
+        if name.trim().is_empty() {
+            return Err("a label without a name".into());
+        }
+        if Labels::RESERVED.contains(&name.as_str()) {
+            return Err(format!("a label named `{name}`, which is reserved"));
+        }
+        for (side, texts) in [("positive", &self.positive), ("negative", &self.negative)] {
+            if texts.is_empty() {
+                return Err(format!("label `{name}` without a {side} text"));
+            }
+        }
+        // C hosts get these as strings that end at their first NUL.
+        let texts = self.positive.iter().chain(&self.negative);
+        let mut texts = texts.chain([name, &self.dimension]);
+        if texts.any(|text| text.contains('\0')) {
+            return Err(format!("label {name:?} with a NUL character"));
+        }
+        // serde_json turns numbers beyond f32 into infinities.
+        let [low, high] = self.range;
+        let neutral = self.neutral.unwrap_or(0.0);
+        let numbers = [self.default, neutral, low, high, self.step];
+        if numbers.iter().any(|number| !number.is_finite()) {
+            return Err(format!("label `{name}` with a number that is not finite"));
+        }
+        if self.effect.values().any(|number| !number.is_finite()) {
+            return Err(format!("label `{name}` with an effect that is not finite"));
+        }
+        if low >= high {
+            return Err(format!("label `{name}` with the range {low} to {high}"));
+        }
+        if self.step <= 0.0 {
+            return Err(format!("label `{name}` with the step {}", self.step));
+        }
+        if !(low..=high).contains(&self.default) {
+            let default = self.default;
+            return Err(format!(
+                "label `{name}` with the default {default} outside of its range {low} to {high}"
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// Names a label in a [`Selection`].
@@ -63,8 +159,13 @@ impl From<usize> for LabelKey {
     }
 }
 
-/// How much of each label is wanted: 0 is its negative, 1 its positive, and anything between or
-/// beyond a point on the line through both: f_t\[i\] = t̂_i + w_i·(t_i − t̂_i).
+/// How much of each label is wanted, its weight w.
+///
+/// In a file with coefficients "layernorm" 0 is a label's negative text and 1 its positive text:
+/// f_t\[i\] = t̂_i + w_i·(t_i − t̂_i). In a "linear" file −1 is the negative text, 0 changes nothing and
+/// 1 is the positive text. Any finite weight is allowed.
+///
+/// A label that is left out is at its neutral weight, or at 0 where it has none.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum Selection {
     /// Each label at the file's own default, which is 1 for a trained adapter, as in the paper.
@@ -72,27 +173,36 @@ pub enum Selection {
     Default,
     /// Every label at 1.
     All,
-    /// Every label at 0.
+    /// Every label left out.
     None,
-    /// These labels at these weights, every other one at 0.
+    /// These labels at these weights, every other one left out.
     Weights(Vec<(LabelKey, f32)>),
 }
 
 impl Selection {
-    /// The labels at these weights, every other one at 0.
+    /// The labels at these weights, every other one left out.
     pub fn weights<K: Into<LabelKey>>(weights: impl IntoIterator<Item = (K, f32)>) -> Self {
         Self::Weights(weights.into_iter().map(|(k, w)| (k.into(), w)).collect())
     }
 
-    /// The labels at 1, every other one at 0.
+    /// The labels at 1, every other one left out.
     pub fn only<K: Into<LabelKey>>(labels: impl IntoIterator<Item = K>) -> Self {
         Self::weights(labels.into_iter().map(|label| (label, 1.0)))
     }
 }
 
-/// The labels of a file, in the order of AesEmb's rows.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Labels(Vec<Label>);
+/// The labels of a file, in the order of AesEmb.
+#[derive(Debug, Clone)]
+pub struct Labels {
+    list: Vec<Label>,
+    by_name: HashMap<String, usize>,
+}
+
+impl PartialEq for Labels {
+    fn eq(&self, other: &Self) -> bool {
+        self.list == other.list
+    }
+}
 
 impl Labels {
     /// Names that mean a whole selection and therefore cannot be labels.
@@ -100,7 +210,7 @@ impl Labels {
 
     /// Reads and checks the JSON list of `vmix.labels`; the error says what was found instead.
     pub(crate) fn from_json(json: &str) -> Result<Self, String> {
-        Self::checked(serde_json::from_str(json).map_err(|e| e.to_string())?)
+        Self::checked(crate::json::parse(json)?)
     }
 
     /// Labels with all that a list of them must be; the error says what was found instead.
@@ -108,33 +218,17 @@ impl Labels {
         if labels.is_empty() {
             return Err("an empty list".into());
         }
-        let mut seen = HashSet::new();
-        for label in &labels {
-            if label.name.trim().is_empty() {
-                return Err("a label without a name".into());
-            }
-            if Self::RESERVED.contains(&label.name.as_str()) {
-                return Err(format!("a label named `{}`, which is reserved", label.name));
-            }
-            if !seen.insert(&label.name) {
+        let mut by_name = HashMap::new();
+        for (i, label) in labels.iter().enumerate() {
+            label.check()?;
+            if by_name.insert(label.name.clone(), i).is_some() {
                 return Err(format!("two labels named `{}`", label.name));
             }
-            // C hosts get these as strings that end at their first NUL.
-            let texts = [
-                &label.name,
-                &label.dimension,
-                &label.positive,
-                &label.negative,
-            ];
-            if texts.iter().any(|text| text.contains('\0')) {
-                return Err(format!("label {:?} with a NUL character", label.name));
-            }
-            // serde_json turns numbers beyond f32 into infinities.
-            if !label.default.is_finite() || !label.neutral.unwrap_or(0.0).is_finite() {
-                return Err(format!("label `{}` with an infinite weight", label.name));
-            }
         }
-        Ok(Self(labels))
+        Ok(Self {
+            list: labels,
+            by_name,
+        })
     }
 
     /// A list of labels with different names.
@@ -145,17 +239,17 @@ impl Labels {
     }
 
     pub(crate) fn to_json(&self) -> String {
-        serde_json::to_string(&self.0).expect("labels have only string keys and finite numbers")
+        serde_json::to_string(&self.list).expect("labels have only string keys and finite numbers")
     }
 
     /// Position of a label.
     pub fn index(&self, key: &LabelKey) -> Result<usize, Error> {
         match key {
-            LabelKey::Name(name) => self.0.iter().position(|label| label.name == *name),
-            LabelKey::Index(index) => (*index < self.0.len()).then_some(*index),
+            LabelKey::Name(name) => self.by_name.get(name).copied(),
+            LabelKey::Index(index) => (*index < self.list.len()).then_some(*index),
         }
         .ok_or_else(|| {
-            let names = || self.0.iter().map(|label| label.name.as_str());
+            let names = || self.list.iter().map(|label| label.name.as_str());
             let (name, nearest) = match key {
                 LabelKey::Name(name) => (name.clone(), nearest(name, names())),
                 LabelKey::Index(index) => (index.to_string(), None),
@@ -171,17 +265,17 @@ impl Labels {
     /// The weight w_i of every label under a selection.
     pub fn weights(&self, selection: &Selection) -> Result<Vec<f32>, Error> {
         let chosen = match selection {
-            Selection::Default => return Ok(self.0.iter().map(|label| label.default).collect()),
-            Selection::All => return Ok(vec![1.0; self.0.len()]),
-            Selection::None => return Ok(vec![0.0; self.0.len()]),
+            Selection::Default => return Ok(self.list.iter().map(|label| label.default).collect()),
+            Selection::All => return Ok(vec![1.0; self.list.len()]),
+            Selection::None => &Vec::new(),
             Selection::Weights(chosen) => chosen,
         };
-        let mut weights = vec![0.0; self.0.len()];
+        let mut weights: Vec<f32> = self.list.iter().map(Label::left_out).collect();
         for (key, weight) in chosen {
             let index = self.index(key)?;
             if !weight.is_finite() {
                 return Err(Error::argument(
-                    format!("weight of label `{}`", self.0[index].name),
+                    format!("weight of label `{}`", self.list[index].name),
                     "a finite number",
                     weight.to_string(),
                 ));
@@ -190,13 +284,30 @@ impl Labels {
         }
         Ok(weights)
     }
+
+    /// The opposite of a selection, which the policy `contrast` mixes into the unconditional pass.
+    pub fn opposite(&self, selection: &Selection) -> Result<Selection, Error> {
+        let weights = self.weights(selection)?;
+        let pairs = self.list.iter().zip(weights);
+        let opposite = pairs.map(|(label, weight)| label.opposite(weight));
+        Ok(Selection::weights(opposite.enumerate()))
+    }
+
+    /// The label furthest from where it changes least, and its weight: what an overflow is about.
+    pub(crate) fn furthest(&self, weights: &[f32]) -> String {
+        let distance = |i: &usize| (weights[*i] - self.list[*i].left_out()).abs();
+        (0..self.list.len())
+            .max_by(|a, b| distance(a).total_cmp(&distance(b)))
+            .map(|i| format!("label `{}` at weight {}", self.list[i].name, weights[i]))
+            .unwrap_or_default()
+    }
 }
 
 impl std::ops::Deref for Labels {
     type Target = [Label];
 
     fn deref(&self) -> &[Label] {
-        &self.0
+        &self.list
     }
 }
 
@@ -206,9 +317,9 @@ mod tests {
 
     fn labels() -> Labels {
         Labels::from_json(
-            r#"[{"name": "vibrant color", "positive": "vibrant color", "negative": "sks"},
-                {"name": "sharp focus", "positive": "sharp focus", "negative": "ohwx",
-                 "default": 0.5}]"#,
+            r#"[{"name": "vibrant color", "positive": ["vibrant color"], "negative": ["sks"]},
+                {"name": "sharp focus", "positive": ["sharp focus"], "negative": ["ohwx", ""],
+                 "default": 0.5, "neutral": 0.25, "later": [1]}]"#,
         )
         .unwrap()
     }
@@ -218,10 +329,10 @@ mod tests {
         for (selection, expected) in [
             (Selection::Default, [1.0, 0.5]),
             (Selection::All, [1.0, 1.0]),
-            (Selection::None, [0.0, 0.0]),
+            (Selection::None, [0.0, 0.25]),
             (Selection::only(["sharp focus"]), [0.0, 1.0]),
-            (Selection::only([0]), [1.0, 0.0]),
-            (Selection::weights([("vibrant color", 1.5)]), [1.5, 0.0]),
+            (Selection::only([0]), [1.0, 0.25]),
+            (Selection::weights([("vibrant color", 1.5)]), [1.5, 0.25]),
         ] {
             assert_eq!(
                 labels().weights(&selection).unwrap(),
@@ -229,6 +340,27 @@ mod tests {
                 "{selection:?}"
             );
         }
+    }
+
+    #[test]
+    fn the_opposite_of_a_selection_is_mirrored_at_neutral() {
+        let opposite = |selection| {
+            let opposite = labels().opposite(&selection).unwrap();
+            labels().weights(&opposite).unwrap()
+        };
+        assert_eq!(opposite(Selection::All), [0.0, -0.5]);
+        assert_eq!(opposite(Selection::None), [0.0, 0.25]);
+    }
+
+    #[test]
+    fn keys_of_a_later_version_are_kept() {
+        let labels = labels();
+        assert_eq!(Labels::from_json(&labels.to_json()).unwrap(), labels);
+        assert!(
+            labels.to_json().contains(r#""later":[1]"#),
+            "{}",
+            labels.to_json()
+        );
     }
 
     #[test]
@@ -251,21 +383,39 @@ mod tests {
 
     #[test]
     fn bad_lists_are_refused() {
-        let label = |name| format!(r#"{{"name": "{name}", "positive": "a", "negative": "b"}}"#);
+        let label = |name| format!(r#"{{"name": "{name}", "positive": ["a"], "negative": ["b"]}}"#);
         for (json, complaint) in [
             ("[]".to_owned(), "an empty list"),
             (format!("[{}]", label("all")), "reserved"),
             (format!("[{},{}]", label("a"), label("a")), "two labels"),
             (format!("[{}]", label(" ")), "without a name"),
             (
-                r#"[{"name": "a", "positive": "a", "negative": "b", "default": 1e39}]"#.to_owned(),
-                "infinite",
+                r#"[{"name": "a", "positive": ["a"], "negative": ["b"], "default": 1e39}]"#
+                    .to_owned(),
+                "not finite",
             ),
             (
                 format!("[{}]", label(r"a\u0000b")),
                 r#"label "a\0b" with a NUL character"#,
             ),
             ("{}".to_owned(), "expected a sequence"),
+            (
+                r#"[{"name": "a", "positive": [], "negative": ["b"]}]"#.to_owned(),
+                "label `a` without a positive text",
+            ),
+            (
+                r#"[{"name": "a", "positive": ["a"], "negative": ["b"], "range": [1, 1]}]"#
+                    .to_owned(),
+                "range 1 to 1",
+            ),
+            (
+                r#"[{"name": "a", "positive": ["a"], "negative": ["b"], "default": 2}]"#.to_owned(),
+                "default 2 outside of its range 0 to 1",
+            ),
+            (
+                r#"[{"name": "a", "positive": ["a"], "negative": ["b"], "step": 0}]"#.to_owned(),
+                "step 0",
+            ),
         ] {
             let found = Labels::from_json(&json).unwrap_err();
             assert!(found.contains(complaint), "{json}: {found}");

@@ -7,7 +7,8 @@
 //! x̂ = softmax(Q·Kᵀ/√d)·V_c + λ·softmax(Q·Kᵀ/√d)·V_a = softmax(Q·Kᵀ/√d)·(V_c + λ·V_a)
 //! ```
 //!
-//! V_a depends on the adapter and the labels alone, so it is computed once per choice of labels:
+//! For any label weights w, V_a is a product A(w)·B: a coefficient for every token and row, times the
+//! value rows of the layer, which are all that an adapter holds:
 //!
 //! ```no_run
 //! use vmix::{Adapter, DType, Selection};
@@ -27,11 +28,14 @@ mod adapter;
 )]
 mod attention;
 mod buffer;
+#[cfg(feature = "clip")]
 mod checkpoint;
 #[cfg(feature = "cli")]
 pub mod cli;
 #[cfg(feature = "clip")]
 mod clip;
+mod coefficients;
+#[cfg(feature = "clip")]
 mod component;
 mod convert;
 mod error;
@@ -51,31 +55,38 @@ mod labels;
     allow(dead_code)
 )]
 mod lanes;
+mod matrices;
+mod merge;
 mod metadata;
 mod preset;
 mod product;
-mod projection;
+mod rows;
 mod tensor;
 pub mod threads;
 mod unet;
+mod untrained;
 mod values;
 mod view;
 
 pub use adapter::Adapter;
 pub use attention::{Attention, Kernel, attention, mix_values};
+#[cfg(feature = "clip")]
 pub use checkpoint::Checkpoint;
 #[cfg(feature = "clip")]
 pub use clip::{
     Activation, CLIP_MERGES, ClipConfig, ClipOutput, ClipTextModel, TextEncoder, Tokenizer,
 };
+pub use coefficients::Row;
 pub use error::Error;
 #[cfg(feature = "clip")]
-pub use init::{InitOptions, Start, init_adapter, training_free_adapter};
+pub use init::init_adapter;
 pub use labels::{Label, LabelKey, Labels, Selection};
-pub use metadata::{ApplyTo, Kind, ProjectionKind, ValueWeights};
+pub use merge::merge;
+pub use metadata::{ApplyTo, CoefficientKind, Kind, Method, Side};
 pub use preset::{Opened, open};
 pub use tensor::{DType, Data, Tensor};
 pub use unet::{Base, Layer, Layers, ldm_name};
+pub use untrained::Untrained;
 pub use values::Values;
 pub use view::{TensorView, TensorViewMut};
 

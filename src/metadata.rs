@@ -1,8 +1,8 @@
-//! The metadata that adapters and presets share, and its named values (`docs/format.md`).
+//! The metadata that all files share, and its named values (`docs/format.md`).
 
 use std::collections::BTreeMap;
 
-use crate::{Base, Error, Labels, Result, file::File, json::UniqueKeys};
+use crate::{Base, Labels, Layer, Layers, Result, file::File, json};
 
 /// Defines an enum whose variants have a name in files.
 macro_rules! named {
@@ -47,10 +47,12 @@ pub(crate) use named;
 named! {
     /// What a file holds.
     pub enum Kind {
-        /// AesEmb, the projection and the value weights: any selection of its labels.
+        /// Value rows: any selection of its labels.
         Adapter = "adapter",
         /// V_a of every layer for one selection.
         Preset = "preset",
+        /// Labels and their features, the start of a training.
+        Init = "init",
     }
 }
 
@@ -67,35 +69,36 @@ named! {
 }
 
 named! {
-    /// How f_t becomes f_a (paper, eq. 6).
-    pub enum ProjectionKind {
-        /// The paper's F and Z.
-        Learned = "learned",
-        /// f_a\[c\] = Σ gain_i·w_i·(t_i − t̂_i) for every token c, without training.
-        Difference = "difference",
+    /// How label weights become coefficients (docs/format.md).
+    pub enum CoefficientKind {
+        /// As the paper's LayerNorm scales them: adapters that were trained.
+        LayerNorm = "layernorm",
+        /// In proportion to the weights: labels that were fitted.
+        Linear = "linear",
     }
 }
 
 named! {
-    /// Where W_Va comes from (paper, eq. 7).
-    pub enum ValueWeights {
-        /// The file has a `to_v_aes` tensor for every layer.
-        Own = "own",
-        /// The base's own W_V serves.
-        Base = "base",
+    /// Which side of its label a row belongs to.
+    pub enum Side {
+        /// The label's positive text.
+        Positive = "positive",
+        /// The label's negative text.
+        Negative = "negative",
+        /// No label: a row that is always added.
+        Constant = "constant",
     }
 }
 
-/// The metadata that adapters and presets have in common.
+/// The metadata that every file has.
 #[derive(Debug, Clone)]
 pub(crate) struct Common {
     pub base: Base,
     pub labels: Labels,
     pub context_tokens: usize,
-    pub apply_to: ApplyTo,
 }
 
-pub(crate) const FORMAT: &str = "1";
+const FORMAT: &str = "2";
 
 /// No text encoder of a U-Net has longer chunks; what a file says is not allocated beyond this.
 const MAX_CONTEXT_TOKENS: usize = 4096;
@@ -124,12 +127,10 @@ impl Common {
             base.context_tokens(),
             context_tokens,
         )?;
-        let apply_to = one_of(file, "vmix.apply_to", ApplyTo::NAMES, ApplyTo::from_name)?;
         Ok(Self {
             base,
             labels,
             context_tokens,
-            apply_to,
         })
     }
 
@@ -141,24 +142,64 @@ impl Common {
             ("vmix.base", self.base.to_string()),
             ("vmix.labels", self.labels.to_json()),
             ("vmix.context_tokens", self.context_tokens.to_string()),
-            ("vmix.apply_to", self.apply_to.to_string()),
         ]
         .map(|(key, value)| (key.to_owned(), value))
         .into()
     }
 }
 
-/// Whether the file is an adapter or a preset, of a format version that this library knows.
+/// What `vmix.format` must be, for messages.
+pub(crate) fn expected_format(looks_like_lora: bool) -> String {
+    let lora = match looks_like_lora {
+        true => " (this looks like a LoRA, which hosts load as such)",
+        false => "",
+    };
+    format!("`{FORMAT}`, as in every VMix file{lora}")
+}
+
+/// What the file is, if it is of the format version that this library reads.
 pub(crate) fn kind_of(file: &File) -> Result<Kind> {
-    let mut expected = "`1`, as in every VMix file".to_owned();
-    if file.meta("vmix.format", "").is_err()
-        && file.tensor_names().any(|name| name.contains("lora_"))
-    {
-        expected += " (this looks like a LoRA, which hosts load as such)";
-    }
-    let expected = &expected;
-    file.parse_meta("vmix.format", expected, |v| (v == FORMAT).then_some(()))?;
+    let looks_like_lora = file.meta("vmix.format", "").is_err()
+        && file.tensor_names().any(|name| name.contains("lora_"));
+    let expected = expected_format(looks_like_lora);
+    file.parse_meta("vmix.format", &expected, |v| (v == FORMAT).then_some(()))?;
     one_of(file, "vmix.kind", Kind::NAMES, Kind::from_name)
+}
+
+named! {
+    /// How an adapter was made.
+    pub enum Method {
+        /// By gradients, as in the paper.
+        Trained = "trained",
+        /// By least squares from a label's words.
+        Fitted = "fitted",
+        /// From other adapters.
+        Merged = "merged",
+    }
+}
+
+/// `vmix.made`: how a file was made. Only `method` is asked for; the rest is for people.
+pub(crate) struct Made;
+
+impl Made {
+    pub const KEY: &str = "vmix.made";
+
+    pub fn read(file: &File) -> Result<Method> {
+        let expected = "a JSON object with the key `method`";
+        let made: BTreeMap<String, serde_json::Value> = read_json(file, Self::KEY, expected)?;
+        let method = made.get("method").and_then(serde_json::Value::as_str);
+        let known = method.and_then(Method::from_name);
+        known.ok_or_else(|| {
+            let names = Method::NAMES.join(", ");
+            let found = method.map_or("none".to_owned(), |method| format!("`{method}`"));
+            file.meta_error(Self::KEY, format!("a `method` among {names}"), found)
+        })
+    }
+}
+
+/// The passes that a file is for.
+pub(crate) fn read_apply_to(file: &File) -> Result<ApplyTo> {
+    one_of(file, "vmix.apply_to", ApplyTo::NAMES, ApplyTo::from_name)
 }
 
 /// A metadata value that is one of a few names.
@@ -197,14 +238,58 @@ pub(crate) fn expect_of_base(
     }
 }
 
-/// A metadata value that is a JSON object with a value for each layer.
-pub(crate) fn layer_map<T: serde::de::DeserializeOwned>(
+/// A metadata value that is JSON of some type.
+pub(crate) fn read_json<T: serde::de::DeserializeOwned>(
     file: &File,
     key: &str,
     expected: &str,
-) -> Result<BTreeMap<String, T>> {
+) -> Result<T> {
     let json = file.meta(key, expected)?;
-    serde_json::from_str(json)
-        .map(|UniqueKeys(map)| map)
-        .map_err(|e: serde_json::Error| -> Error { file.meta_error(key, expected, e.to_string()) })
+    json::parse(json).map_err(|found| file.meta_error(key, expected, found))
+}
+
+/// The layers of a known base from its table; those of another from `vmix.ldm_names`, with the width
+/// that `inner_dim` finds.
+pub(crate) fn read_layers(
+    file: &File,
+    base: Base,
+    inner_dim: impl Fn(&str) -> Result<usize>,
+) -> Result<Layers> {
+    const KEY: &str = "vmix.ldm_names";
+    if let Some(layers) = base.layers() {
+        return Ok(layers);
+    }
+    let expected = "a JSON object of the LDM name of every layer, by diffusers name";
+    let names: BTreeMap<String, String> = read_json(file, KEY, expected)?;
+    if names.is_empty() {
+        return Err(file.meta_error(KEY, "at least one layer", "none"));
+    }
+    let layers = names.into_iter().map(|(name, ldm_name)| {
+        if name == "context" {
+            return Err(file.meta_error(KEY, "the path of a layer", "`context`"));
+        }
+        Ok(Layer {
+            inner_dim: inner_dim(&name)?,
+            name,
+            ldm_name: Some(ldm_name),
+        })
+    });
+    Layers::sorted(layers.collect::<Result<_>>()?)
+        .map_err(|found| file.meta_error(KEY, "a name of its own per layer", found))
+}
+
+/// `vmix.ldm_names` of a U-Net whose layers no table has.
+pub(crate) fn write_ldm_names(
+    base: Base,
+    layers: &Layers,
+    metadata: &mut BTreeMap<String, String>,
+) {
+    if base == Base::Other {
+        let names: BTreeMap<&str, &str> = layers
+            .iter()
+            .filter_map(|layer| Some((layer.name.as_str(), layer.ldm_name.as_deref()?)))
+            .collect();
+        let names = serde_json::to_string(&names).expect("string keys and values");
+        metadata.insert("vmix.ldm_names".to_owned(), names);
+    }
 }

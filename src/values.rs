@@ -2,13 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use crate::{
-    ApplyTo, Base, DType, Labels, Layers, Result, Tensor,
-    file::{File, View},
-    metadata::Common,
-    product::Rows,
-    projection::Sizes,
-};
+use crate::{ApplyTo, Base, DType, Labels, Layers, Result, Tensor, metadata::Common};
 
 /// V_a \[C, inner_dim\] of every cross-attention layer for one selection: all that a host needs.
 /// Cheap to clone, and usable from many threads at once.
@@ -18,10 +12,12 @@ pub struct Values(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     common: Common,
+    apply_to: ApplyTo,
     layers: Layers,
     /// w_i of every label.
     weights: Vec<f32>,
-    origin: Origin,
+    /// SHA-256 of the adapter file, in hexadecimal.
+    origin: String,
     /// Metadata that is only handed on.
     inherited: BTreeMap<String, String>,
     tensors: Vec<LayerValues>,
@@ -34,44 +30,19 @@ pub(crate) struct LayerValues {
     pub uncond: Option<Arc<Tensor>>,
 }
 
-/// The adapter file that values were made from, known by its SHA-256.
-#[derive(Debug)]
-pub(crate) enum Origin {
-    /// A mapped file, hashed when somebody asks: that reads all of it.
-    Mapped(Arc<File>),
-    /// As a preset records it.
-    Hash(String),
-}
-
-impl Origin {
-    pub fn of(file: &Arc<File>) -> Self {
-        // Values must not keep alive the whole adapter that a host has freed.
-        if file.is_in_memory() {
-            Self::Hash(file.sha256().to_owned())
-        } else {
-            Self::Mapped(file.clone())
-        }
-    }
-
-    pub fn sha256(&self) -> &str {
-        match self {
-            Self::Mapped(file) => file.sha256(),
-            Self::Hash(hash) => hash,
-        }
-    }
-}
-
 impl Values {
     pub(crate) fn new(
         common: Common,
+        apply_to: ApplyTo,
         layers: Layers,
         weights: Vec<f32>,
-        origin: Origin,
+        origin: String,
         inherited: BTreeMap<String, String>,
         tensors: Vec<LayerValues>,
     ) -> Self {
         Self(Arc::new(Inner {
             common,
+            apply_to,
             layers,
             weights,
             origin,
@@ -119,7 +90,7 @@ impl Values {
 
     /// Which passes of classifier-free guidance the values are for.
     pub fn apply_to(&self) -> ApplyTo {
-        self.0.common.apply_to
+        self.0.apply_to
     }
 
     /// Element type of all V_a.
@@ -127,10 +98,9 @@ impl Values {
         self.0.tensors[0].cond.dtype()
     }
 
-    /// SHA-256 of the adapter file they were made from, in hexadecimal. For values fresh from a
-    /// mapped adapter the first call reads that whole file.
+    /// SHA-256 of the adapter file they were made from, in hexadecimal.
     pub fn origin(&self) -> &str {
-        self.0.origin.sha256()
+        &self.0.origin
     }
 
     /// V_a \[C, inner_dim\] of the layer with this diffusers or LDM name.
@@ -142,30 +112,4 @@ impl Values {
     pub fn get_uncond(&self, layer: &str) -> Result<Option<&Arc<Tensor>>> {
         Ok(self.0.tensors[self.0.layers.index(layer)?].uncond.as_ref())
     }
-}
-
-/// V_a = f_a·W_Vaᵀ of one layer for one or two stacked contexts \[C or 2·C, d\], in f32, rounded to
-/// `dtype` at the end. The error says what was not finite.
-pub(crate) fn layer_values(
-    contexts: &Rows,
-    sizes: Sizes,
-    weight: View<'_>,
-    dtype: DType,
-) -> std::result::Result<LayerValues, String> {
-    let (tokens, inner_dim) = (sizes.tokens, weight.shape[0]);
-    let mut out = contexts.times_transposed(weight)?;
-    let uncond = out.split_off(tokens * inner_dim);
-    let finish = |values: Vec<f32>| {
-        let tensor = Tensor::rounded([tokens, inner_dim], values, dtype);
-        if !tensor.is_finite() {
-            return Err(format!(
-                "values that overflow {dtype} at these label weights"
-            ));
-        }
-        Ok(Arc::new(tensor))
-    };
-    Ok(LayerValues {
-        cond: finish(out)?,
-        uncond: (!uncond.is_empty()).then(|| finish(uncond)).transpose()?,
-    })
 }

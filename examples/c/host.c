@@ -3,8 +3,6 @@
  *     cc host.c $(pkg-config --cflags --libs vmix) -lm -o host
  *     ./host adapter.safetensors          an adapter: the values of its default labels
  *     ./host preset.safetensors           a preset: the values it holds
- *     ./host start.safetensors base.safetensors   a training-free adapter (experimental), which has
- *                                         no value weights of its own: those of a checkpoint serve
  */
 #include <math.h>
 #include <stdio.h>
@@ -44,8 +42,8 @@ static double norm(const VmixValues *values, size_t layer, int64_t tokens, int64
 }
 
 int main(int argc, char **argv) {
-    if (argc != 2 && argc != 3) {
-        fprintf(stderr, "usage: %s FILE [CHECKPOINT]\n", argv[0]);
+    if (argc != 2) {
+        fprintf(stderr, "usage: %s FILE\n", argv[0]);
         return 2;
     }
     if (!VMIX_ABI_COMPATIBLE(vmix_abi_version())) {
@@ -57,9 +55,8 @@ int main(int argc, char **argv) {
     VmixValues *values = NULL;
     CHECK(vmix_open(argv[1], &adapter, &values));
     if (adapter != NULL) {
-        /* Once per choice of labels; without weights it is the file's own defaults. */
-        VmixValuesParams params = {.struct_size = sizeof params, .base_path = argv[2]};
-        CHECK(vmix_adapter_values(adapter, &params, &values));
+        /* Once per choice of labels; without params it is the file's own defaults, in f32. */
+        CHECK(vmix_adapter_values(adapter, NULL, &values));
         vmix_adapter_free(adapter);
     }
     VmixValuesInfo info = {.struct_size = sizeof info};

@@ -62,9 +62,9 @@ int main(int argc, char **argv) {
         fail("the header is cut off");
     header[header_size] = '\0';
     const char *end = header + header_size;
-    if (strncmp(member(header, end, "vmix.format"), "\"1\"", 3) != 0 ||
+    if (strncmp(member(header, end, "vmix.format"), "\"2\"", 3) != 0 ||
         strncmp(member(header, end, "vmix.kind"), "\"preset\"", 8) != 0)
-        fail("not a preset of format 1");
+        fail("not a preset of format 2");
 
     char name[256];
     snprintf(name, sizeof name, "%s.v_aes", argv[2]);

@@ -3,11 +3,12 @@
     import torch, vmix
 
     adapter = vmix.Adapter.open("adapter.safetensors")
-    values = adapter.values("vibrant color")                 # V_a of every layer
-    v_a = torch.from_dlpack(values["mid_block.attentions.0.transformer_blocks.0.attn2"])
+    layer = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    a = torch.from_dlpack(adapter.coefficients({"vibrant color": 1.0}))  # A [C, R]
+    v_a = a @ torch.from_dlpack(adapter.rows[layer]).float()             # V_a [C, inner_dim]
+    values = adapter.values("vibrant color")                             # V_a of every layer
 
-New adapters for a checkpoint: `vmix.init_adapter`. Pipelines of diffusers: see `vmix.diffusers`.
-Files: docs/format.md.
+Pipelines of diffusers: see `vmix.diffusers`. Files: docs/format.md.
 """
 
 from vmix._native import (
@@ -15,9 +16,11 @@ from vmix._native import (
     ClipOutput,
     Label,
     Layer,
+    Rows,
     Tensor,
     TextEncoder,
     Tokenizer,
+    Untrained,
     Values,
     VMixError,
     __version__,
@@ -25,10 +28,10 @@ from vmix._native import (
     get_num_threads,
     init_adapter,
     ldm_name,
+    merge_adapters,
     open,
     read_label_list,
     set_num_threads,
-    training_free_adapter,
     unet_layers,
 )
 
@@ -37,9 +40,11 @@ __all__ = [
     "ClipOutput",
     "Label",
     "Layer",
+    "Rows",
     "Tensor",
     "TextEncoder",
     "Tokenizer",
+    "Untrained",
     "VMixError",
     "Values",
     "__version__",
@@ -47,9 +52,9 @@ __all__ = [
     "get_num_threads",
     "init_adapter",
     "ldm_name",
+    "merge_adapters",
     "open",
     "read_label_list",
     "set_num_threads",
-    "training_free_adapter",
     "unet_layers",
 ]

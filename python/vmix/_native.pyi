@@ -4,14 +4,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any, Final, Literal, TypeAlias, final
 
+from typing_extensions import Self
+
 __all__ = [
     "Adapter",
     "ClipOutput",
     "Label",
     "Layer",
+    "Rows",
     "Tensor",
     "TextEncoder",
     "Tokenizer",
+    "Untrained",
     "VMixError",
     "Values",
     "__version__",
@@ -20,15 +24,16 @@ __all__ = [
     "get_num_threads",
     "init_adapter",
     "ldm_name",
+    "merge_adapters",
     "open",
     "read_label_list",
     "run_command",
     "set_num_threads",
-    "training_free_adapter",
     "unet_layers",
 ]
 
 _Selection: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
+_Selections: TypeAlias = _Selection | Sequence[_Selection]
 _Path: TypeAlias = str | PathLike[str]
 _ApplyTo: TypeAlias = Literal["cond", "both", "contrast"]
 _LabelList: TypeAlias = _Path | Sequence[str]
@@ -48,13 +53,23 @@ class Label:
     @property
     def dimension(self) -> str: ...
     @property
-    def positive(self) -> str: ...
+    def positive(self) -> list[str]: ...
     @property
-    def negative(self) -> str: ...
+    def negative(self) -> list[str]: ...
     @property
     def default(self) -> float: ...
     @property
     def neutral(self) -> float | None: ...
+    @property
+    def range(self) -> tuple[float, float]:
+        """Lowest and highest weight of its slider."""
+
+    @property
+    def step(self) -> float: ...
+    @property
+    def effect(self) -> dict[str, float]:
+        """What was measured when the file was made, by name."""
+
     @property
     def display_names(self) -> dict[str, str]: ...
 
@@ -88,15 +103,44 @@ class Tensor:
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 @final
+class Rows:
+    """B [R, inner_dim] of every cross-attention layer, by its diffusers or LDM name."""
+
+    def __getitem__(self, layer: str, /) -> Tensor: ...
+    def __contains__(self, layer: object, /) -> bool: ...
+    def __iter__(self) -> Iterator[str]: ...
+    def __len__(self) -> int: ...
+
+@final
 class Adapter:
-    """A VMix adapter: AesEmb, the projection and the value weights (paper, eq. 4 to 7)."""
+    """A VMix adapter: V_a = A(w)·B for any label weights w (docs/format.md).
+
+    A selection is a label, a list of labels (each at 1), a mapping from label to weight, "all"
+    (each at 1), "none", or None (each at its default). A label that is left out is at its neutral
+    weight, or at 0 where it has none."""
 
     @staticmethod
     def open(path: _Path) -> Adapter: ...
     @staticmethod
     def from_bytes(data: bytes) -> Adapter: ...
     @staticmethod
-    def from_tensors(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Adapter: ...
+    def from_tensors(tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> Adapter:
+        """From its parts, named and shaped as in a file (docs/format.md)."""
+
+    @staticmethod
+    def from_matrices(
+        tensors: Mapping[str, Any], metadata: Mapping[str, str], dtype: _DType = "float32"
+    ) -> Adapter:
+        """From the matrices that the paper trains, computed in f64; `dtype` is that of the rows.
+
+        `tensors`: `aes_emb` [N, 2, d], `projection.linear.weight` [C, N] and, without effect,
+        `projection.linear.bias` [C], `projection.norm.weight` and `.bias` [d],
+        `projection.zero.weight` [d, d] and `.bias` [d], `<layer>.to_v_aes.weight` [inner_dim, d].
+        `metadata`: that of the file, but for `vmix.format`, `.kind`, `.rows` and `.coefficients`.
+        """
+
+    def __copy__(self) -> Self: ...
+    def __deepcopy__(self, memo: Any, /) -> Self: ...
     def save(self, path: _Path) -> None: ...
     @property
     def base(self) -> str: ...
@@ -107,35 +151,55 @@ class Adapter:
     @property
     def context_tokens(self) -> int: ...
     @property
-    def context_dim(self) -> int: ...
+    def context_dim(self) -> int | None: ...
     @property
-    def projection(self) -> str: ...
+    def coefficient_kind(self) -> Literal["layernorm", "linear"]: ...
     @property
-    def value_weights(self) -> str: ...
+    def row_sides(self) -> list[tuple[str | None, Literal["positive", "negative", "constant"]]]:
+        """Label and side of every row."""
+
+    @property
+    def dtype(self) -> _DType: ...
     @property
     def apply_to(self) -> _ApplyTo: ...
     @property
-    def trained(self) -> str: ...
+    def made(self) -> dict[str, Any]:
+        """How the file was made: `method`, and what else is known."""
+
     @property
     def metadata(self) -> dict[str, str]: ...
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor of the file, as `from_tensors` takes them."""
 
-    def weights(self, selection: _Selection = None) -> dict[str, float]: ...
-    def aes_embed(self, selection: _Selection = None) -> Tensor: ...
-    def project(self, selection: _Selection = None) -> Tensor: ...
+    def weights(self, selection: _Selection = None) -> dict[str, float]:
+        """The weight of every label."""
+
+    def opposite(self, selection: _Selection = None) -> dict[str, float]:
+        """2·neutral − w of every label, or 0 without a neutral weight: what `apply_to="contrast"`
+        mixes into the unconditional pass."""
+
+    def coefficients(self, selection: _Selections = None) -> Tensor:
+        """A [C, R] in f32; [B, C, R] of a list of selections. A list of names alone is one
+        selection."""
+
+    @property
+    def rows(self) -> Rows:
+        """B of every layer, in the file's dtype."""
+
+    def aes_embed(self, selection: _Selection = None) -> Tensor | None:
+        """f_t [N, d] (paper, section 3.3); None for a file without AesEmb."""
+
+    def project(self, selection: _Selection = None) -> Tensor | None:
+        """f_a [C, d] (paper, eq. 6); None for a linear adapter."""
+
     def values(
         self,
         selection: _Selection = None,
         *,
         apply_to: _ApplyTo | None = None,
         dtype: _DType = "float32",
-        base: _Path | None = None,
     ) -> Values:
-        """V_a of every layer. `base` is the checkpoint whose W_V serve where `value_weights` is
-        "base", a file or a diffusers folder."""
-
-    def validate(self) -> None: ...
+        """V_a [C, inner_dim] of every layer (paper, eq. 7)."""
 
 @final
 class Values:
@@ -145,6 +209,8 @@ class Values:
     def open(path: _Path) -> Values: ...
     @staticmethod
     def from_bytes(data: bytes) -> Values: ...
+    def __copy__(self) -> Self: ...
+    def __deepcopy__(self, memo: Any, /) -> Self: ...
     def save(self, path: _Path) -> None: ...
     @property
     def base(self) -> str: ...
@@ -197,8 +263,14 @@ def set_num_threads(count: int) -> None:
     """Of attention and of V_a, from now on; 0 for all cores. With 1 a call computes in the thread
     that makes it. Text encoders use all cores."""
 
-def open(path: _Path) -> Adapter | Values:
-    """Opens an adapter or a preset; the file's own metadata says which it is."""
+def open(path: _Path) -> Adapter | Values | Untrained:
+    """Opens any VMix file; its own metadata says what it is."""
+
+def merge_adapters(adapters: Sequence[Adapter], labels: Sequence[str] | None = None) -> Adapter:
+    """One adapter with some labels of one or several, in the order of `labels`; with all if None.
+
+    A label that is dropped stays at its neutral weight, or at 0 where it has none. Several adapters
+    must have linear coefficients and be for the same kind of U-Net."""
 
 def unet_layers(base: Literal["sd15", "sdxl"]) -> list[Layer]:
     """The cross-attention layers of a known base, down to up."""
@@ -268,42 +340,49 @@ class ClipOutput:
     def projected(self) -> Tensor | None:
         """`pooled` times the text projection, [B, p], where the file has one."""
 
+@final
+class Untrained:
+    """Labels and AesEmb, the start of a training; what an init file holds."""
+
+    @staticmethod
+    def open(path: _Path) -> Untrained: ...
+    @staticmethod
+    def from_bytes(data: bytes) -> Untrained: ...
+    def save(self, path: _Path) -> None: ...
+    @property
+    def base(self) -> str: ...
+    @property
+    def labels(self) -> list[Label]: ...
+    @property
+    def context_tokens(self) -> int: ...
+    @property
+    def context_dim(self) -> int: ...
+    @property
+    def aes_emb(self) -> Tensor:
+        """[N, 2, d]: positive and negative feature of every label (paper, eq. 4)."""
+
+    @property
+    def ldm_names(self) -> dict[str, str]:
+        """LDM name of every layer by diffusers name; empty for SD1.5 and SDXL."""
+
+    @property
+    def metadata(self) -> dict[str, str]: ...
+
 def init_adapter(
     base: _Path,
     labels: _LabelList | None = None,
     *,
-    training_free: bool = False,
-    dtype: _DType | None = None,
-    seed: int = 0,
     progress: Callable[[int, int], object] | None = None,
-) -> Adapter:
-    """A new adapter for a checkpoint (a single file with LDM names, or a diffusers folder): AesEmb
-    from its own text encoders (paper, eq. 4), F drawn by `seed`, Z zero, every W_Va the base's W_V
-    (in `dtype`, else as they are). It changes nothing before it is trained.
-
-    `training_free` makes a file that works at once instead: **experimental**, and not the trained
-    adapter of the paper (docs/training-free).
+) -> Untrained:
+    """The start of a training for a checkpoint (a single file with LDM names, or a diffusers
+    folder): AesEmb from its own text encoders (paper, eq. 4).
 
     `labels` is a path to a labels.toml, or a list of texts "name", "name: positive text" or
     "name: positive text | negative text" (docs/labels.md); without it, seven default labels.
     `progress` is called with how many of how many steps are done."""
 
-def read_label_list(
-    source: _LabelList | None = None, *, training_free: bool = False
-) -> list[Label]:
+def read_label_list(source: _LabelList | None = None) -> list[Label]:
     """The labels that `init_adapter` would make of a list."""
-
-def training_free_adapter(
-    labels: _LabelList,
-    features: Any,
-    *,
-    context_tokens: int = 77,
-    layers: Sequence[tuple[str, str, int]] | None = None,
-) -> Adapter:
-    """What `init_adapter` makes with `training_free`, from features [N, 2, d] of every label's
-    positive and negative text that a host computed itself: those of its context at the first end of
-    text. `layers` are (diffusers name, LDM name, inner_dim) of its U-Net; SD1.5 and SDXL, which d
-    tells apart, need none. **Experimental.**"""
 
 def run_command(arguments: Sequence[str]) -> int:
     """Runs the command `vmix`, whose name is the first argument; returns its exit status."""

@@ -3,12 +3,13 @@
 mod config;
 mod model;
 mod names;
+mod product;
 mod tokenizer;
 
 use std::path::Path;
 
 use crate::{
-    Checkpoint, DType, Error, Label, Labels, Result, Start, Tensor, checkpoint::Source,
+    Checkpoint, DType, Error, Label, Labels, Result, Tensor, checkpoint::Source,
     component::Component, error::presentable,
 };
 
@@ -83,53 +84,56 @@ impl TextEncoder {
         self.parts.iter().map(|part| &part.tokenizer)
     }
 
-    /// What speaks against the texts of labels, a sentence each: labels need features of their own, and
-    /// the negatives of those that are to be trained say nothing (paper, section 3.2).
-    pub fn warnings(&self, labels: &Labels, start: Start) -> Result<Vec<String>> {
+    /// What speaks against the texts of labels, a sentence each: every text needs a feature of its own,
+    /// and a negative must say nothing (paper, section 3.2).
+    pub fn warnings(&self, labels: &Labels) -> Result<Vec<String>> {
         let tokenizer = &self.parts[0].tokenizer;
         // What a feature is taken from: texts of the same tokens up to their first end are one.
-        let meaning = |text: &str| -> Result<Vec<u32>> {
+        let meaning = |text: &String| -> Result<Vec<u32>> {
             let mut ids = tokenizer.encode(text)?;
             ids.truncate(first_end(&ids));
             Ok(ids)
         };
+        let meanings = |texts: &[String]| texts.iter().map(meaning).collect::<Result<Vec<_>>>();
         let mut warnings = Vec::new();
-        let mut seen: Vec<(&Label, Vec<u32>, Vec<u32>)> = Vec::new();
+        type Tokens = Vec<Vec<u32>>;
+        let mut seen: Vec<(&Label, Tokens, Tokens)> = Vec::new();
         for label in labels.iter() {
-            let Label {
-                name,
-                positive,
-                negative,
-                ..
-            } = label;
-            if start == Start::Training
-                && let Some(why) = tokenizer.why_not_rare(negative)?
-            {
-                warnings.push(format!(
-                    "label `{name}`: the negative `{negative}` is no rare identifier: {why}"
-                ));
+            let name = &label.name;
+            for negative in &label.negative {
+                if let Some(why) = tokenizer.why_not_rare(negative)? {
+                    let negative = match negative.as_str() {
+                        "" => "(no text)".to_owned(),
+                        text => format!("`{text}`"),
+                    };
+                    warnings.push(format!(
+                        "label `{name}`: the negative {negative} is not a rare identifier: {why}"
+                    ));
+                }
             }
-            let (with, without) = (meaning(positive)?, meaning(negative)?);
-            if with == without {
-                warnings.push(format!(
-                    "label `{name}`: `{positive}` and the negative `{negative}` are the same to the \
-                     text encoder, so the label can do nothing"
-                ));
+            let (with, without) = (meanings(&label.positive)?, meanings(&label.negative)?);
+            for (positive, ids) in label.positive.iter().zip(&with) {
+                if let Some(same) = without.iter().position(|other| other == ids) {
+                    let negative = &label.negative[same];
+                    warnings.push(format!(
+                        "label `{name}`: `{positive}` and the negative `{negative}` are the same to \
+                         the text encoder, so the label can do nothing"
+                    ));
+                }
+                if let Some((other, ..)) = seen.iter().find(|(_, seen, _)| seen.contains(ids)) {
+                    warnings.push(format!(
+                        "label `{name}`: its text `{positive}` is that of `{}`",
+                        other.name
+                    ));
+                }
             }
-            if let Some((other, ..)) = seen.iter().find(|(_, seen, _)| *seen == with) {
-                warnings.push(format!(
-                    "label `{name}`: its text `{positive}` is that of `{}`",
-                    other.name
-                ));
-            }
-            let same = |(_, _, seen): &&(&Label, Vec<u32>, Vec<u32>)| *seen == without;
-            if start == Start::Training
-                && let Some((other, ..)) = seen.iter().find(same)
-            {
-                warnings.push(format!(
-                    "label `{name}`: its negative `{negative}` is that of `{}`",
-                    other.name
-                ));
+            for (negative, ids) in label.negative.iter().zip(&without) {
+                if let Some((other, ..)) = seen.iter().find(|(.., seen)| seen.contains(ids)) {
+                    warnings.push(format!(
+                        "label `{name}`: its negative `{negative}` is that of `{}`",
+                        other.name
+                    ));
+                }
             }
             seen.push((label, with, without));
         }

@@ -3,10 +3,9 @@
 use candle_core::cpu::erf::erf_f32;
 use rayon::prelude::*;
 
+use super::product::Rows;
 use super::{Activation, ClipConfig, names::Names};
-use crate::{
-    DType, Error, Result, Tensor, component::Component, file::View, product::Rows, tensor::widen,
-};
+use crate::{DType, Error, Result, Tensor, component::Component, file::View, tensor::widen};
 
 /// A CLIP text model. Its weights are read where they lie, in f32, f16 or bf16, block by block while
 /// it computes in f32; what a result does not need is not read.
@@ -317,7 +316,7 @@ impl ClipTextModel {
 
     fn affine(&self, name: &str, rows: &[f32], weight: View<'_>, bias: &[f32]) -> Result<Vec<f32>> {
         Rows::new(rows, weight.shape[1])?
-            .times_transposed_in_parallel(weight, bias)
+            .times_transposed(weight, bias)
             .map_err(|found| self.weights.error(name, "finite values", found))
     }
 

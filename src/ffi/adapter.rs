@@ -16,7 +16,7 @@ use super::{
     types::*,
     values::VmixValues,
 };
-use crate::{Adapter, Checkpoint, DType, LabelKey, Opened, Selection, ValueWeights, Values};
+use crate::{Adapter, DType, LabelKey, Opened, Selection};
 
 /// An adapter that is open.
 pub struct VmixAdapter {
@@ -37,9 +37,10 @@ impl VmixAdapter {
 }
 
 /// Opens an adapter or a preset, whichever the file is. On success exactly one of `*adapter` and
-/// `*values` is a handle, and the other is NULL.
+/// `*values` is a handle, and the other is NULL. Init files, which are for training, are refused.
 ///
-/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path, a file beyond 4 GiB), IO, INVALID_FILE,
+/// OUT_OF_MEMORY.
 #[ffi_export]
 unsafe fn vmix_open(
     path: *const c_char,
@@ -59,17 +60,22 @@ unsafe fn vmix_open(
                 adapter.write(std::ptr::null_mut());
                 values.write(VmixValues::boxed(opened));
             }
+            Opened::Untrained(_) => {
+                let message = "metadata `vmix.kind`: expected `adapter` or `preset`, found `init`, \
+                               which is for training";
+                let message = format!("{}: {message}", path.display());
+                return Err(Failure::new(VmixStatus::InvalidFile, message));
+            }
         }
         Ok(())
     })
 }
 
-/// Opens an adapter file by mapping it: header and small tensors are read and checked now, value
-/// weights when they are first used. The file must not be rewritten in place while it is open;
-/// replacing it by renaming is safe.
+/// Reads an adapter file whole and checks it. The file is not needed afterwards.
 ///
 /// `path`: bytes on Unix, UTF-8 on Windows. `*out` is freed with vmix_adapter_free().
-/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path, a file beyond 4 GiB), IO, INVALID_FILE,
+/// OUT_OF_MEMORY.
 #[ffi_export]
 unsafe fn vmix_adapter_open(path: *const c_char, out: *mut *mut VmixAdapter) -> VmixStatus {
     boundary(|| unsafe {
@@ -124,8 +130,7 @@ unsafe fn vmix_adapter_info(adapter: *const VmixAdapter, out: *mut VmixAdapterIn
             label_count: adapter.labels().len(),
             layer_count: adapter.layers().len(),
             context_tokens: adapter.context_tokens(),
-            context_dim: adapter.context_dim(),
-            has_value_weights: (adapter.value_weights() == ValueWeights::Own).into(),
+            context_dim: adapter.context_dim().unwrap_or(0),
         });
         Ok(())
     })
@@ -246,7 +251,7 @@ unsafe fn vmix_adapter_layer_find(
 /// `[label_count, context_dim]`, which `out_count` must equal exactly.
 ///
 /// `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
-/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE, NOT_FOUND (a file without AesEmb).
 #[ffi_export]
 unsafe fn vmix_adapter_aes_embed(
     adapter: *const VmixAdapter,
@@ -258,19 +263,19 @@ unsafe fn vmix_adapter_aes_embed(
     boundary(|| unsafe {
         let VmixAdapter { adapter, .. } = reference("adapter", adapter)?;
         let selection = selection("weights", weights, weight_count, adapter)?;
-        let size = adapter.labels().len() * adapter.context_dim();
-        let out = argument::buffer("out", out, out_count, size)?;
-        out.copy_from_slice(&adapter.aes_embed(&selection)?.to_f32());
+        // Before the buffer: of what is not there the caller may not know the size.
+        let f_t = present(adapter.aes_embed(&selection)?, "AesEmb")?.to_f32();
+        argument::buffer("out", out, out_count, f_t.len())?.copy_from_slice(&f_t);
         Ok(())
     })
 }
 
 /// f_a, the aesthetic context of a selection (paper, eq. 6): row-major
-/// `[context_tokens, context_dim]`, which `out_count` must equal exactly. Where the adapter has no
-/// value weights of its own, the host's to_v turns it into V_a.
+/// `[context_tokens, context_dim]`, which `out_count` must equal exactly.
 ///
 /// `weights`: one per label, or NULL with `weight_count` 0 for the file's defaults.
-/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, BUFFER_SIZE, INVALID_FILE (a result that overflows).
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (also a result that overflows), BUFFER_SIZE, NOT_FOUND (a
+/// linear adapter, which has none).
 #[ffi_export]
 unsafe fn vmix_adapter_project(
     adapter: *const VmixAdapter,
@@ -282,9 +287,8 @@ unsafe fn vmix_adapter_project(
     boundary(|| unsafe {
         let VmixAdapter { adapter, .. } = reference("adapter", adapter)?;
         let selection = selection("weights", weights, weight_count, adapter)?;
-        let size = adapter.context_tokens() * adapter.context_dim();
-        let out = argument::buffer("out", out, out_count, size)?;
-        out.copy_from_slice(&adapter.project(&selection)?.to_f32());
+        let f_a = present(adapter.project(&selection)?, "f_a")?.to_f32();
+        argument::buffer("out", out, out_count, f_a.len())?.copy_from_slice(&f_a);
         Ok(())
     })
 }
@@ -293,9 +297,8 @@ unsafe fn vmix_adapter_project(
 ///
 /// `params`: NULL for the file's defaults in f32. `*out` is freed with vmix_values_free() and does
 /// not need the adapter any more.
-/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT, INVALID_FILE (value weights that are not finite, or
-/// whose product with these weights overflows), UNSUPPORTED (an adapter without value weights and no
-/// base_path, or params of a later version), IO (base_path).
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (also values beyond the dtype), UNSUPPORTED (params of a
+/// later version).
 #[ffi_export]
 unsafe fn vmix_adapter_values(
     adapter: *const VmixAdapter,
@@ -308,7 +311,6 @@ unsafe fn vmix_adapter_values(
         let mut selected = Selection::Default;
         let mut apply_to = adapter.apply_to();
         let mut dtype = DType::F32;
-        let mut base = None;
         if !params.is_null() {
             let params = argument::read_struct("params", params)?;
             let name = "params->weights";
@@ -317,29 +319,17 @@ unsafe fn vmix_adapter_values(
             if params.dtype != VmixDType(0) {
                 dtype = argument::dtype("params", params.dtype)?;
             }
-            if !params.base_path.is_null() {
-                let path = argument::path("params->base_path", params.base_path.cast())?;
-                base = Some(Checkpoint::open(path)?);
-            }
         }
-        let values: Values = match &base {
-            None => adapter.values(&selected, apply_to, dtype)?,
-            Some(base) => adapter.values_on(base, &selected, apply_to, dtype)?,
-        };
+        let values = adapter.values(&selected, apply_to, dtype)?;
         out.write(VmixValues::boxed(values));
         Ok(())
     })
 }
 
-/// Reads the whole file and refuses value weights that are not finite.
-///
-/// Statuses: NULL_ARGUMENT, INVALID_FILE.
-#[ffi_export]
-unsafe fn vmix_adapter_validate(adapter: *const VmixAdapter) -> VmixStatus {
-    boundary(|| {
-        // SAFETY: as above.
-        let VmixAdapter { adapter, .. } = unsafe { reference("adapter", adapter)? };
-        Ok(adapter.validate()?)
+fn present<T>(what: Option<T>, name: &str) -> Result<T> {
+    what.ok_or_else(|| {
+        let message = format!("this adapter has no {name}");
+        Failure::new(VmixStatus::NotFound, message)
     })
 }
 

@@ -35,7 +35,7 @@
  *   choose labels      vmix_adapter_values; its steps: vmix_adapter_aes_embed, vmix_adapter_project
  *   use V_a            vmix_values_get, vmix_values_copy, vmix_mix_values, vmix_attention
  *   keep it            vmix_values_save
- *   check, free        vmix_adapter_validate, vmix_adapter_free, vmix_values_free
+ *   free               vmix_adapter_free, vmix_values_free
  *   the library        vmix_abi_version, vmix_version, vmix_build_info, vmix_last_error,
  *                      vmix_status_name, vmix_set_num_threads, vmix_num_threads
  *
@@ -54,8 +54,8 @@
  *
  *   Handles (VmixAdapter, VmixValues) are freed with the function of their name, once; NULL is
  *   allowed. Strings and views that a handle lends live as long as the handle, and are not freed.
- *   Whatever a caller passes in is used during the call only. Values do not need the adapter they
- *   were computed from.
+ *   Whatever a caller passes in is used during the call only, files as well: they are read whole.
+ *   Values do not need the adapter they were computed from.
  *
  *   Structs that are passed by pointer begin with struct_size, which the caller sets to sizeof:
  *   `VmixLabel label = {.struct_size = sizeof label}`. All other fields of an input must be set too,
@@ -76,7 +76,8 @@
  *   errors. Dangling pointers, sizes or strides beyond the caller's memory, and outputs that overlap
  *   inputs where the function does not allow it, cannot be seen.
  *   No panic leaves the library; nothing is printed to stdout. vmix_attention(), whose work grows with
- *   its arguments, says when memory is short; elsewhere running out of memory ends the process.
+ *   its arguments, says when memory is short, and so does opening a file for which there is not enough;
+ *   elsewhere running out of memory ends the process.
  *
  * ABI
  *

@@ -29,7 +29,7 @@ fn vmix_build_info() -> *const c_char {
     c_text(concat!(
         "vmix ",
         env!("CARGO_PKG_VERSION"),
-        ", abi 1.2, ",
+        ", abi 1.0, ",
         env!("VMIX_TARGET"),
         ", ",
         env!("VMIX_PROFILE"),
@@ -53,13 +53,13 @@ fn vmix_status_name(status: u32) -> *const c_char {
 
 /// From now on, at most so many threads for each call, of those in a pool that all calls share; 0 for
 /// as many as there are cores, or as RAYON_NUM_THREADS says. With 1 a call computes in the thread that
-/// makes it, as a host wants that has threads of its own. Since ABI 1.2.
+/// makes it, as a host wants that has threads of its own.
 #[ffi_export]
 fn vmix_set_num_threads(count: usize) {
     threads::set(count);
 }
 
-/// How many threads a call may use. Since ABI 1.2.
+/// How many threads a call may use.
 #[ffi_export]
 fn vmix_num_threads() -> usize {
     threads::count()

@@ -29,6 +29,8 @@ struct LabelTexts {
     negative: CString,
     display_names: BTreeMap<CString, CString>,
     neutral: f32,
+    range: [f32; 2],
+    step: f32,
 }
 
 #[derive(Debug)]
@@ -43,10 +45,12 @@ impl Texts {
         let labels = labels.iter().map(|label| LabelTexts {
             name: c_string(&label.name),
             dimension: c_string(&label.dimension),
-            positive: c_string(&label.positive),
-            negative: c_string(&label.negative),
+            positive: c_string(&label.positive.join("\n")),
+            negative: c_string(&label.negative.join("\n")),
             display_names: c_strings(&label.display_names),
             neutral: label.neutral.unwrap_or(f32::NAN),
+            range: label.range,
+            step: label.step,
         });
         let layers = layers.iter().map(|layer| LayerTexts {
             name: c_string(&layer.name),
@@ -70,6 +74,9 @@ impl Texts {
             negative: label.negative.as_ptr(),
             weight: weights[i],
             neutral: label.neutral,
+            low: label.range[0],
+            high: label.range[1],
+            step: label.step,
         })
     }
 

@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_void};
 /// Major version of the binary interface: another one may have changed anything.
 pub const VMIX_ABI_MAJOR: u32 = 1;
 /// Minor version of the binary interface: a later one has more.
-pub const VMIX_ABI_MINOR: u32 = 2;
+pub const VMIX_ABI_MINOR: u32 = 0;
 
 /// What every fallible function returns. Numbers 11 to 63 are reserved for statuses to come:
 /// treat a number that you do not know as a failure.
@@ -128,7 +128,7 @@ pub struct VmixAdapterInfo {
     pub struct_size: usize,
     /// The kind of U-Net it is for.
     pub base: VmixBase,
-    /// What it was trained to be applied to.
+    /// What it was made to be applied to.
     pub apply_to: VmixApplyTo,
     /// N, the number of labels.
     pub label_count: usize,
@@ -136,11 +136,8 @@ pub struct VmixAdapterInfo {
     pub layer_count: usize,
     /// C, the tokens of one chunk of context.
     pub context_tokens: usize,
-    /// d, the width of the context.
+    /// d, the width of the context; 0 if neither the base nor the file says it.
     pub context_dim: usize,
-    /// 1 if the file brings its own value weights W_Va, 0 if the base's own W_V serve, in which
-    /// case V_a is f_a (vmix_adapter_project) through the host's own to_v.
-    pub has_value_weights: u32,
 }
 
 /// What values are, filled by vmix_values_info().
@@ -173,14 +170,20 @@ pub struct VmixLabel {
     pub name: *const c_char,
     /// The aesthetic dimension, such as "lighting"; may be empty.
     pub dimension: *const c_char,
-    /// The text whose feature stands for having the label.
+    /// The texts that mean having the label, one per line.
     pub positive: *const c_char,
-    /// The rare identifier whose feature stands for not having it.
+    /// The texts that mean the opposite, one per line.
     pub negative: *const c_char,
     /// Of an adapter the weight that hosts start from; of values the weight they were made with.
     pub weight: f32,
     /// The weight at which the label changes nothing; NaN if there is none.
     pub neutral: f32,
+    /// Lowest weight of a slider.
+    pub low: f32,
+    /// Highest weight of a slider.
+    pub high: f32,
+    /// Step of a slider.
+    pub step: f32,
 }
 
 /// A cross-attention layer. The strings belong to the handle that was asked, and live as long.
@@ -205,9 +208,8 @@ pub struct VmixLayer {
 pub struct VmixValuesParams {
     /// sizeof(VmixValuesParams)
     pub struct_size: usize,
-    /// The weight of every label in the file's order: 0 is the negative, 1 the positive, anything
-    /// between or beyond a point on the line through both. A label that is not wanted has 0, as in
-    /// the paper; vmix_adapter_label_find() gives the index of a name.
+    /// The weight of every label in the file's order. A label that is not wanted is at its neutral
+    /// weight, or at 0 where that is NaN. vmix_adapter_label_find() gives the index of a name.
     pub weights: *const f32,
     /// Number of weights: the number of labels, or 0 with NULL for the file's defaults.
     pub weight_count: usize,
@@ -215,9 +217,6 @@ pub struct VmixValuesParams {
     pub apply_to: VmixApplyTo,
     /// Element type of V_a; 0 for VMIX_DTYPE_F32. Sums are f32 in any case.
     pub dtype: VmixDType,
-    /// For an adapter without value weights of its own: the checkpoint whose W_V serve, a safetensors
-    /// file or the folder of a diffusers pipeline; bytes on Unix, UTF-8 on Windows. Otherwise NULL.
-    pub base_path: *const c_char,
 }
 
 /// What vmix_mix_values() is to mix.

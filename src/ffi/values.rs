@@ -47,10 +47,11 @@ impl VmixValues {
     }
 }
 
-/// Opens a preset file, all of which is read and checked now.
+/// Reads a preset file whole and checks it. The file is not needed afterwards.
 ///
 /// `path`: bytes on Unix, UTF-8 on Windows. `*out` is freed with vmix_values_free().
-/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path), IO, INVALID_FILE.
+/// Statuses: NULL_ARGUMENT, INVALID_ARGUMENT (an empty path, a file beyond 4 GiB), IO, INVALID_FILE,
+/// OUT_OF_MEMORY.
 #[ffi_export]
 unsafe fn vmix_values_open(path: *const c_char, out: *mut *mut VmixValues) -> VmixStatus {
     boundary(|| unsafe {
@@ -125,8 +126,7 @@ unsafe fn vmix_values_info(values: *const VmixValues, out: *mut VmixValuesInfo) 
 }
 
 /// The value of a metadata key as a preset file has it, such as "vmix.origin", the SHA-256 of the
-/// adapter file. For values fresh from an adapter the first call reads that file. The string
-/// belongs to the handle.
+/// adapter file. The string belongs to the handle.
 ///
 /// Statuses: NULL_ARGUMENT, NOT_FOUND.
 #[ffi_export]

@@ -2,12 +2,15 @@
 
 use std::arch::x86_64::*;
 
-use super::{Lanes, Panels, products};
+use super::Lanes;
+#[cfg(feature = "clip")]
+use super::{Panels, products};
 use crate::exp2::{LEAST, POWERS};
 
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Avx512;
 
+#[cfg(feature = "clip")]
 /// # Safety
 /// The processor must have AVX-512 F; the rest as [`products`].
 #[target_feature(enable = "avx512f")]

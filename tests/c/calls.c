@@ -1,10 +1,12 @@
 /* Every function of vmix.h, called rightly and wrongly.
  *
- *     calls ADAPTER FOLDER        a file to open, a folder to write into
+ *     calls ADAPTER LINEAR INIT FOLDER
  *
+ * Any layernorm adapter; the linear one and the init file of conftest.py; a folder to write into.
  * Run as it is, under valgrind and with AddressSanitizer. */
 #include <float.h>
 #include <math.h>
+#include <unistd.h>
 
 #include "check.h"
 
@@ -73,8 +75,18 @@ static void opening(const char *path) {
     unsigned char *data = read_file(path, &size);
     OK(vmix_adapter_open_memory(data, size, &adapter));
     free(data); /* copied */
-    OK(vmix_adapter_validate(adapter));
     vmix_adapter_free(adapter);
+}
+
+static void refusing_init(const char *path) {
+    VmixAdapter *adapter = NOT_A_HANDLE;
+    VmixValues *values = NOT_A_HANDLE;
+    FAILS(INVALID_FILE, path, vmix_open(path, &adapter, &values));
+    FAILS(INVALID_FILE, "expected `adapter` or `preset`, found `init`",
+          vmix_open(path, &adapter, &values));
+    FAILS(INVALID_FILE, "expected `adapter`, found `init`", vmix_adapter_open(path, &adapter));
+    FAILS(INVALID_FILE, "expected `preset`, found `init`", vmix_values_open(path, &values));
+    CHECK(adapter == NOT_A_HANDLE && values == NOT_A_HANDLE);
 }
 
 static void describing(const VmixAdapter *adapter) {
@@ -95,7 +107,7 @@ static void describing(const VmixAdapter *adapter) {
     CHECK(info.label_count > 0 && info.layer_count > 0 && info.context_tokens > 0);
     CHECK(info.base >= VMIX_BASE_SD15 && info.base <= VMIX_BASE_OTHER);
     CHECK(info.apply_to >= VMIX_APPLY_TO_COND && info.apply_to <= VMIX_APPLY_TO_CONTRAST);
-    CHECK(info.has_value_weights == 1 && info.struct_size == sizeof info);
+    CHECK(info.context_dim > 0 && info.struct_size == sizeof info);
 
     VmixLabel label;
     POISON(label);
@@ -108,7 +120,8 @@ static void describing(const VmixAdapter *adapter) {
     for (size_t i = 0; i < info.label_count; ++i) {
         OK(vmix_adapter_label(adapter, i, &label));
         CHECK(strlen(label.name) > 0 && strlen(label.positive) > 0 && strlen(label.negative) > 0);
-        CHECK(label.dimension != NULL && isfinite(label.weight));
+        CHECK(label.dimension != NULL && label.low < label.high && label.step > 0);
+        CHECK(label.low <= label.weight && label.weight <= label.high);
         OK(vmix_adapter_label_find(adapter, label.name, &index));
         CHECK(index == i);
     }
@@ -130,7 +143,7 @@ static void describing(const VmixAdapter *adapter) {
     FAILS(NOT_FOUND, "vmix.nothing", vmix_adapter_metadata(adapter, "vmix.nothing", &text));
     CHECK(index == 77 && text == NOT_A_HANDLE);
     OK(vmix_adapter_metadata(adapter, "vmix.format", &text));
-    CHECK(strcmp(text, "1") == 0);
+    CHECK(strcmp(text, "2") == 0);
 
     VmixLayer layer;
     POISON(layer);
@@ -181,7 +194,6 @@ static void describing(const VmixAdapter *adapter) {
     FAILS(BUFFER_SIZE, "out", vmix_adapter_project(adapter, NULL, 0, f_a, count + 1));
     OK(vmix_adapter_project(adapter, NULL, 0, f_a, count));
     free(f_a);
-    FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_validate(NULL));
 }
 
 static VmixValues *computing(const VmixAdapter *adapter, VmixApplyTo apply_to, VmixDType dtype) {
@@ -191,7 +203,7 @@ static VmixValues *computing(const VmixAdapter *adapter, VmixApplyTo apply_to, V
     VmixAdapterInfo info = {.struct_size = sizeof info};
     OK(vmix_adapter_info(adapter, &info));
     VmixValues *values = NOT_A_HANDLE;
-    VmixValuesParams params = {sizeof params, weights, info.label_count, apply_to, dtype, NULL};
+    VmixValuesParams params = {sizeof params, weights, info.label_count, apply_to, dtype};
     FAILS(NULL_ARGUMENT, "adapter", vmix_adapter_values(NULL, &params, &values));
     FAILS(NULL_ARGUMENT, "out", vmix_adapter_values(adapter, &params, NULL));
     params.apply_to = 9;
@@ -206,21 +218,13 @@ static VmixValues *computing(const VmixAdapter *adapter, VmixApplyTo apply_to, V
     weights[0] = INFINITY;
     FAILS(INVALID_ARGUMENT, "finite", vmix_adapter_values(adapter, &params, &values));
     weights[0] = 0.25f;
-    params.struct_size = offsetof(VmixValuesParams, base_path) - 1;
+    for (size_t size = 0; size < sizeof params; ++size) {
+        params.struct_size = size;
+        FAILS(INVALID_ARGUMENT, "struct_size", vmix_adapter_values(adapter, &params, &values));
+    }
+    params.struct_size = sizeof params + 3; /* half of a field to come */
     FAILS(INVALID_ARGUMENT, "struct_size", vmix_adapter_values(adapter, &params, &values));
-    params.base_path = "no such file";
-    params.struct_size = sizeof params - 3; /* half a pointer */
-    FAILS(INVALID_ARGUMENT, "struct_size", vmix_adapter_values(adapter, &params, &values));
-    params.base_path = ""; /* which a host that was built without the field never says */
-    params.struct_size = offsetof(VmixValuesParams, base_path);
-    OK(vmix_adapter_values(adapter, &params, &values));
-    vmix_values_free(values);
-    values = NOT_A_HANDLE;
     params.struct_size = sizeof params;
-    FAILS(INVALID_ARGUMENT, "base_path", vmix_adapter_values(adapter, &params, &values));
-    params.base_path = "no such file";
-    FAILS(IO, "no such file", vmix_adapter_values(adapter, &params, &values));
-    params.base_path = NULL;
     struct {
         VmixValuesParams params;
         size_t later;
@@ -457,22 +461,186 @@ static void mixing(void) {
     FAILS(OUT_OF_MEMORY, "memory", vmix_attention(&params));
 }
 
+/* V_a of layer 0, two tokens wide two, as the linear example of docs/format.md has them. */
+static void has_values(const VmixValues *values, VmixPass pass, const float *expected) {
+    float found[4];
+    VmixViewMut to = vmix_view_mut(found, VMIX_DTYPE_F32, 1, 2, 1, 2);
+    OK(vmix_values_copy(values, 0, pass, &to));
+    CHECK(memcmp(found, expected, sizeof found) == 0);
+}
+
+static void is_warm(const VmixLabel *label, float weight) {
+    CHECK(strcmp(label->name, "warm") == 0 && strcmp(label->dimension, "") == 0);
+    CHECK(strcmp(label->positive, "warm light\nwarm colors") == 0);
+    CHECK(strcmp(label->negative, "cold light\n") == 0); /* the second text is empty */
+    CHECK(label->weight == weight && label->neutral == 0);
+    CHECK(label->low == -1 && label->high == 1.5f && label->step == 0.125f);
+}
+
+/* A file without AesEmb, with a label that has a range of its own. Its values are up to 8 times the
+ * weight, so that at 8188 they reach the largest number of f16. */
+static void linear(const char *path, const char *folder) {
+    VmixAdapter *adapter = NULL;
+    OK(vmix_adapter_open(path, &adapter));
+    VmixAdapterInfo info = {.struct_size = sizeof info};
+    OK(vmix_adapter_info(adapter, &info));
+    CHECK(info.context_dim == 0 && info.context_tokens == 2 && info.label_count == 1);
+    float nothing[1] = {7};
+    FAILS(NOT_FOUND, "AesEmb", vmix_adapter_aes_embed(adapter, NULL, 0, nothing, 0));
+    FAILS(NOT_FOUND, "AesEmb", vmix_adapter_aes_embed(adapter, NULL, 0, NULL, 0));
+    FAILS(NOT_FOUND, "f_a", vmix_adapter_project(adapter, NULL, 0, nothing, 1));
+    FAILS(NOT_FOUND, "f_a", vmix_adapter_project(adapter, NULL, 0, NULL, 0));
+    CHECK(nothing[0] == 7);
+    VmixLabel label;
+    POISON(label);
+    OK(vmix_adapter_label(adapter, 0, &label));
+    is_warm(&label, 0.5f);
+
+    const float half[] = {2, 0, 4, 0}, minus_half[] = {0, 2, 0, 4}, zero[] = {0, 0, 0, 0};
+    VmixValues *values = NULL;
+    OK(vmix_adapter_values(adapter, NULL, &values));
+    has_values(values, VMIX_PASS_COND, half);
+    vmix_values_free(values);
+    float weight = -0.5f;
+    VmixValuesParams params = {sizeof params, &weight, 1, VMIX_APPLY_TO_CONTRAST, 0};
+    OK(vmix_adapter_values(adapter, &params, &values));
+    has_values(values, VMIX_PASS_COND, minus_half);
+    has_values(values, VMIX_PASS_UNCOND, half);
+    POISON(label);
+    OK(vmix_values_label(values, 0, &label));
+    is_warm(&label, weight);
+    char preset[4096];
+    snprintf(preset, sizeof preset, "%s/warm.safetensors", folder);
+    OK(vmix_values_save(values, preset));
+    vmix_values_free(values);
+    OK(vmix_values_open(preset, &values));
+    has_values(values, VMIX_PASS_COND, minus_half);
+    has_values(values, VMIX_PASS_UNCOND, half);
+    POISON(label);
+    OK(vmix_values_label(values, 0, &label));
+    is_warm(&label, weight);
+    vmix_values_free(values);
+    weight = 0;
+    OK(vmix_adapter_values(adapter, &params, &values));
+    has_values(values, VMIX_PASS_COND, zero);
+    vmix_values_free(values);
+
+    params.dtype = VMIX_DTYPE_F16, weight = 8188;
+    const float largest[] = {32752, 0, 65504, 0};
+    OK(vmix_adapter_values(adapter, &params, &values));
+    has_values(values, VMIX_PASS_COND, largest);
+    vmix_values_free(values);
+    values = NOT_A_HANDLE;
+    weight = 1e4f;
+    FAILS(INVALID_ARGUMENT,
+          "layer `layer`: expected values that float16 can hold, found more: label `warm` at weight "
+          "10000",
+          vmix_adapter_values(adapter, &params, &values));
+    weight = FLT_MAX, params.dtype = 0;
+    FAILS(INVALID_ARGUMENT, "label `warm` at weight", vmix_adapter_values(adapter, &params, &values));
+    CHECK(values == NOT_A_HANDLE);
+    weight = 1e4f;
+    const float more[] = {4e4f, 0, 8e4f, 0};
+    OK(vmix_adapter_values(adapter, &params, &values));
+    has_values(values, VMIX_PASS_COND, more);
+    vmix_values_free(values);
+    vmix_adapter_free(adapter);
+}
+
+static void same_values(const VmixValues *a, const VmixValues *b) {
+    VmixValuesInfo info = {.struct_size = sizeof info};
+    OK(vmix_values_info(a, &info));
+    CHECK(info.layer_count > 0 && info.dtype == VMIX_DTYPE_F32);
+    for (size_t i = 0; i < info.layer_count; ++i) {
+        VmixView x = {.struct_size = sizeof x}, y = {.struct_size = sizeof y};
+        OK(vmix_values_get(a, i, VMIX_PASS_COND, &x));
+        OK(vmix_values_get(b, i, VMIX_PASS_COND, &y));
+        CHECK(x.shape[1] == y.shape[1] && x.shape[3] == y.shape[3]);
+        CHECK(memcmp(x.data, y.data, (size_t)(x.shape[1] * x.shape[3]) * sizeof(float)) == 0);
+    }
+}
+
+static void has_the_values_of(const VmixAdapter *adapter, const VmixValues *expected) {
+    VmixValues *values = NULL;
+    OK(vmix_adapter_values(adapter, NULL, &values));
+    same_values(values, expected);
+    vmix_values_free(values);
+}
+
+static void overwrite(const char *path, size_t size) {
+    FILE *file = fopen(path, "r+b");
+    CHECK(file != NULL);
+    for (size_t i = 0; i < size; ++i)
+        CHECK(fputc(0x5a, file) != EOF);
+    CHECK(fclose(file) == 0);
+}
+
+static void cut(const char *path) {
+    VmixAdapter *adapter = NOT_A_HANDLE;
+    VmixValues *values = NOT_A_HANDLE;
+    CHECK(truncate(path, 0) == 0);
+    FAILS(INVALID_FILE, "not a safetensors file", vmix_open(path, &adapter, &values));
+}
+
+/* What becomes of a file while it is open changes nothing. If it were mapped, overwriting would change
+ * what is computed, and cutting would end the process. */
+static void files_that_go(const char *path, const char *folder) {
+    char copy[4096];
+    snprintf(copy, sizeof copy, "%s/open.safetensors", folder);
+    size_t size = 0;
+    unsigned char *data = read_file(path, &size);
+    FILE *file = fopen(copy, "wb");
+    CHECK(file != NULL && fwrite(data, 1, size, file) == size && fclose(file) == 0);
+    VmixAdapter *memory = NULL, *adapter = NULL;
+    OK(vmix_adapter_open_memory(data, size, &memory));
+    free(data);
+    VmixValues *expected = NULL;
+    OK(vmix_adapter_values(memory, NULL, &expected));
+    vmix_adapter_free(memory);
+
+    OK(vmix_adapter_open(copy, &adapter));
+    overwrite(copy, size);
+    has_the_values_of(adapter, expected);
+    cut(copy);
+    has_the_values_of(adapter, expected);
+    const char *text = NULL;
+    OK(vmix_adapter_metadata(adapter, "vmix.kind", &text));
+    CHECK(strcmp(text, "adapter") == 0);
+    vmix_adapter_free(adapter);
+
+    VmixValues *values = NULL;
+    OK(vmix_values_save(expected, copy));
+    OK(vmix_values_open(copy, &values));
+    data = read_file(copy, &size);
+    free(data);
+    overwrite(copy, size);
+    same_values(values, expected);
+    cut(copy);
+    same_values(values, expected);
+    vmix_values_free(values);
+    vmix_values_free(expected);
+}
+
 int main(int argc, char **argv) {
-    CHECK(argc == 3);
+    CHECK(argc == 5);
+    const char *folder = argv[4];
     library();
     opening(argv[1]);
+    refusing_init(argv[3]);
+    linear(argv[2], folder);
+    files_that_go(argv[1], folder);
     VmixAdapter *adapter = NULL;
     OK(vmix_adapter_open(argv[1], &adapter));
     describing(adapter);
     for (VmixApplyTo apply_to = VMIX_APPLY_TO_COND; apply_to <= VMIX_APPLY_TO_CONTRAST; ++apply_to)
         for (VmixDType dtype = VMIX_DTYPE_F32; dtype <= VMIX_DTYPE_BF16; ++dtype) {
             VmixValues *values = computing(adapter, apply_to, dtype);
-            using(values, apply_to, dtype, argv[2]);
+            using(values, apply_to, dtype, folder);
             vmix_values_free(values);
         }
     VmixValues *values = computing(adapter, VMIX_APPLY_TO_CONTRAST, VMIX_DTYPE_F32);
     vmix_adapter_free(adapter);
-    using(values, VMIX_APPLY_TO_CONTRAST, VMIX_DTYPE_F32, argv[2]); /* it needs no adapter */
+    using(values, VMIX_APPLY_TO_CONTRAST, VMIX_DTYPE_F32, folder); /* it needs no adapter */
     vmix_values_free(values);
     mixing();
     puts("every function called rightly and wrongly");

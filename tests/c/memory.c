@@ -1,7 +1,7 @@
 /* What the library costs in memory, measured from outside. Linux only.
  *
  *     memory leaks ADAPTER PRESET     opens and closes each 10,000 times
- *     memory sdxl ADAPTER             opens a file of SDXL's size, and computes all its values
+ *     memory sdxl ADAPTER             opens a file of SDXL's size, 3 MB, and computes its values, 13 MB
  */
 #include <pthread.h>
 #include <stdatomic.h>
@@ -78,7 +78,7 @@ static int sdxl(const char *path) {
            status("RssAnon") - opened);
     vmix_values_free(values);
     vmix_adapter_free(adapter);
-    return opened - before < 10 * 1024 && peak - before < 60 * 1024 ? 0 : 1;
+    return opened - before < 10 * 1024 && peak - before < 24 * 1024 ? 0 : 1;
 }
 
 int main(int argc, char **argv) {

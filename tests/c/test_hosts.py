@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import vmix
-from conftest import ADAPTER, ROOT, SUFFIX, run, tool
+from conftest import ADAPTER, ROOT, SUFFIX, paper_values, run, tool
 
 Build = Callable[..., Path]
 COMPILERS = {"c": ["gcc", "clang"], "cpp": ["g++", "clang++"]}
@@ -39,29 +39,16 @@ def test_the_c_header_compiles_as_cpp(tmp_path: Path) -> None:
         run(tool(compiler), "-std=c++17", *strict, f"-I{ROOT / 'include'}", source)
 
 
-def test_c_host_prints_the_norms_that_torch_computes(build: Build) -> None:
+def test_c_host_prints_the_norms_of_the_papers_values(build: Build) -> None:
     printed = run(build("examples/c/host.c"), ADAPTER)
     norms = dict(re.findall(r"layer (\S+), \d+ wide, \|V_a\| (\S+)", printed))
-    values = vmix.Adapter.open(ADAPTER).values(dtype="float32")
-    assert list(norms) == list(values)
+    expected = paper_values([1, 1, 1, 1])
+    assert norms.keys() == expected.keys()
     for layer, norm in norms.items():
-        expected = torch.from_dlpack(values[layer]).double().norm().item()
-        assert float(norm) == pytest.approx(expected, abs=5.1e-5)  # four decimals are printed
-    assert re.findall(r"label (.+) \(", printed) == [label.name for label in values.labels]
-
-
-def test_c_host_takes_value_weights_from_a_checkpoint(build: Build, tmp_path: Path) -> None:
-    base, path = ADAPTER.parent / "model", tmp_path / "start.safetensors"
-    start = vmix.init_adapter(base, ["red", "calm: a calm mood | noisy"], training_free=True)
-    start.save(path)
-    printed = run(build("examples/c/host.c"), path, base)
-    norms = dict(re.findall(r"layer (\S+), \d+ wide, \|V_a\| (\S+)", printed))
-    values = start.values(base=base)
-    assert list(norms) == list(values)
-    for layer, norm in norms.items():
-        expected = torch.from_dlpack(values[layer]).double().norm().item()
-        assert expected > 0
-        assert float(norm) == pytest.approx(expected, abs=5.1e-5)  # four decimals are printed
+        # Four decimals are printed; rows of f32 are off by 2⁻²⁴ of themselves.
+        assert float(norm) == pytest.approx(expected[layer].norm().item(), rel=1e-6, abs=5.1e-5)
+    labels = ["vibrant color", "natural lighting", "sharp focus", "balanced composition"]
+    assert re.findall(r"label (.+) \(", printed) == labels
 
 
 def test_c_host_opens_a_preset(build: Build, tmp_path: Path) -> None:
@@ -117,8 +104,7 @@ def test_the_readmes_cpp_mixes_into_the_conditional_half(
     (program,) = re.findall(r"```cpp\n(.*?)```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL)
     source = tmp_path / "mix.cpp"
     source.write_text(program)
-    values = vmix.Adapter.open(ADAPTER).values({"vibrant color": 1.5})
-    v_a = torch.from_dlpack(values["mid_block.attentions.0.transformer_blocks.0.attn2"])
+    v_a = paper_values([1.5, 0, 0, 0])["mid_block.attentions.0.transformer_blocks.0.attn2"]
     monkeypatch.chdir(ROOT)
     untouched, mixed = run(build(str(source), compiler="g++")).split(" and ")
     assert untouched == "1"

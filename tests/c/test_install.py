@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ADAPTER, ROOT, tool
+from conftest import ADAPTER, ROOT, Files, tool
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
 
@@ -89,7 +89,7 @@ static_assert(!std::is_copy_assignable_v<vmix::Values>);
 static std::size_t count(vmix::Span<float> span) { return span.size(); }
 
 int main(int argc, char **argv) {
-    CHECK(argc == 3);
+    CHECK(argc == 5);
     const std::string path = argv[1], preset = argv[2];
     vmix::require_compatible();
 
@@ -109,10 +109,11 @@ int main(int argc, char **argv) {
     const auto info = adapter.info();
     CHECK(info.base == VMIX_BASE_OTHER && info.apply_to == VMIX_APPLY_TO_COND);
     CHECK(adapter.labels().size() == info.label_count);
-    CHECK(adapter.layers().size() == info.layer_count && info.has_value_weights == 1);
+    CHECK(adapter.layers().size() == info.layer_count && info.context_dim == 96);
     const auto label = adapter.labels().front();
     CHECK(label.name == "vibrant color" && label.dimension == "color" && label.negative == "[V]");
     CHECK(label.positive == label.name && label.weight == 1 && !label.neutral);
+    CHECK(label.low == 0 && label.high == 1 && label.step == 0.05f);
     CHECK(adapter.label_index(label.name) == 0 && adapter.label_index("sharp focus") != 0);
     CHECK(adapter.label_display_name(0, "de") == "kräftige Farben");
     CHECK(!adapter.label_display_name(0, "xx"));
@@ -120,7 +121,6 @@ int main(int argc, char **argv) {
     const auto layer = adapter.layers()[2];
     CHECK(adapter.layer_index(layer.name) == 2);
     CHECK(adapter.layer_index(layer.ldm_name.value()) == 2);
-    adapter.validate();
 
     const std::vector<float> off(info.label_count);
     CHECK(adapter.aes_embed().size() == info.label_count * info.context_dim);
@@ -193,6 +193,28 @@ int main(int argc, char **argv) {
     const auto masked = out;
     vmix::attention(params);
     CHECK(out != masked);
+
+    const auto chosen = adapter.weights({{"sharp focus", 0.5f}, {"vibrant color", 2.0f}});
+    CHECK(chosen == std::vector<float>({2, 0, 0.5f, 0})); // no neutral weight
+    CHECK(status_of([&] { adapter.weights({{"absent", 1.0f}}); }) == VMIX_STATUS_NOT_FOUND);
+
+    // The examples of docs/format.md.
+    const auto neutral = vmix::Adapter::open(argv[3]), linear = vmix::Adapter::open(argv[4]);
+    CHECK(neutral.weights({}) == std::vector<float>{0.5f});
+    CHECK(neutral.weights({{"warm", 1.0f}}) == std::vector<float>{1});
+    CHECK(neutral.project({1.0f}) == std::vector<float>({5, 1, -3, 1}));
+    vmix::ValuesOptions left_out;
+    left_out.weights = neutral.weights({});
+    const auto middle = neutral.values(left_out);
+    const float expected[] = {13 / 3.0f, 3, -7 / 3.0f, -1};
+    const auto *found = static_cast<const float *>(middle.get("layer", vmix::Pass::cond)->data);
+    for (int i = 0; i < 4; ++i) CHECK(std::abs(found[i] - expected[i]) < 1e-6f);
+    const auto warm = linear.labels().front();
+    CHECK(warm.positive == "warm light\nwarm colors" && warm.negative == "cold light\n");
+    CHECK(warm.low == -1 && warm.high == 1.5f && warm.step == 0.125f && warm.neutral == 0.0f);
+    CHECK(linear.info().context_dim == 0);
+    CHECK(status_of([&] { linear.aes_embed(); }) == VMIX_STATUS_NOT_FOUND);
+    CHECK(status_of([&] { linear.project(); }) == VMIX_STATUS_NOT_FOUND);
 
     CHECK(status_of([] { vmix::open("absent.safetensors"); }) == VMIX_STATUS_IO);
     CHECK(status_of([&] { vmix::Values::open(path); }) == VMIX_STATUS_INVALID_FILE);
@@ -486,12 +508,13 @@ def test_headers_compile_without_a_warning(installed: Path, tmp_path: Path, stan
 
 
 @pytest.mark.parametrize("standard", ["c++17", "c++20"])
-def test_wrapper(installed: Path, tmp_path: Path, standard: str) -> None:
+def test_wrapper(installed: Path, files: Files, tmp_path: Path, standard: str) -> None:
     source, program = tmp_path / "wrapper.cpp", tmp_path / "wrapper"
     source.write_text(WRAPPER, "utf-8")
     flags = pkg_config(installed, "--cflags", "--libs")
     run("c++", f"-std={standard}", *STRICT, source, *flags, "-o", program)
-    run(program, ADAPTER, tmp_path / "preset", LD_LIBRARY_PATH=str(installed / "lib"))
+    arguments = [ADAPTER, tmp_path / "preset", files.layernorm, files.linear]
+    run(program, *arguments, LD_LIBRARY_PATH=str(installed / "lib"))
 
 
 def test_wrapper_has_every_function() -> None:

@@ -6,10 +6,7 @@ use candle_nn::{LayerNorm, Module, VarBuilder};
 use candle_transformers::models::clip::text_model::{
     Activation, ClipTextConfig, ClipTextTransformer,
 };
-use vmix::{
-    ApplyTo, Checkpoint, DType, Data, InitOptions, Labels, Selection, Start, TextEncoder,
-    init_adapter, training_free_adapter,
-};
+use vmix::{Checkpoint, Labels, Opened, TextEncoder, init_adapter};
 
 const BASE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/comfy_nodes/demo/model");
 const TEXTS: [&str; 3] = [
@@ -98,57 +95,45 @@ fn hidden_states_are_those_of_candle_transformers() -> Result<()> {
     Ok(())
 }
 
+/// AesEmb holds the features of the labels' texts; of several phrasings their mean.
 #[test]
-fn values_on_a_base_are_the_difference_through_its_own_value_weights() -> Result<()> {
+fn init_files_hold_the_features_of_the_labels() -> Result<()> {
     let base = Checkpoint::open(BASE).unwrap();
-    let labels = Labels::from_entries(["red: bright red", "blue"], Start::TrainingFree).unwrap();
-    let options = InitOptions {
-        start: Start::TrainingFree,
-        ..InitOptions::default()
+    let labels = Labels::from_toml(
+        "[[label]]\nname = 'red'\npositive = ['bright red', 'a red apple']\nnegative = ''\n\
+         [[label]]\nname = 'blue'\nnegative = 'grey'",
+    )
+    .unwrap();
+    let untrained = init_adapter(&base, &labels, |_, _| ()).unwrap();
+    assert_eq!(untrained.labels(), &labels);
+    assert_eq!(
+        (untrained.context_tokens(), untrained.context_dim()),
+        (32, 96)
+    );
+    let found = tensor(untrained.aes_emb())?;
+    assert_eq!(found.dims(), [2, 2, 96]);
+    let encoder = base.text_encoder().unwrap();
+    let texts = ["bright red", "a red apple", "", "blue", "grey"];
+    let features = tensor(&encoder.features(&texts, |_, _| ()).unwrap())?;
+    let mean = ((features.get(0)? + features.get(1)?)? / 2.0)?;
+    assert_close(&found.get(0)?.get(0)?, &mean);
+    for ([label, side], row) in [[0, 1], [1, 0], [1, 1]].into_iter().zip(2..) {
+        assert_close(&found.get(label)?.get(side)?, &features.get(row)?);
+    }
+
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("init.safetensors");
+    untrained.save(&path).unwrap();
+    assert!(std::fs::metadata(&path).unwrap().len() < 5000);
+    let Opened::Untrained(opened) = vmix::open(&path).unwrap() else {
+        panic!("not an init file");
     };
-    let adapter = init_adapter(&base, &labels, &options, |_, _| ()).unwrap();
-    let selection = Selection::Weights(vec![("red".into(), 0.5)]);
-    let values = adapter
-        .values_on(&base, &selection, ApplyTo::Cond, DType::F32)
-        .unwrap();
-
-    let features = base.text_encoder().unwrap();
-    let features = features.features(&["bright red", ""], |_, _| ()).unwrap();
-    let features = tensor(&features)?;
-    let f_a = ((features.get(0)? - features.get(1)?)? * (0.25 * 0.5))?;
-    let unet = load(
-        format!("{BASE}/unet/diffusion_pytorch_model.safetensors"),
-        &Device::Cpu,
-    )?;
-    assert_eq!(values.layers().len(), 7);
-    for layer in values.layers().iter() {
-        let own = unet[&format!("{}.to_v.weight", layer.name)].to_dtype(CandleDType::F32)?;
-        let expected = f_a.unsqueeze(0)?.matmul(&own.t()?)?;
-        let v_a = tensor(values.get(&layer.name).unwrap())?;
-        assert_close(&v_a, &expected.broadcast_as(v_a.shape())?);
-    }
+    assert_eq!(opened.metadata(), untrained.metadata());
+    assert_eq!(opened.aes_emb(), untrained.aes_emb());
+    let error = vmix::Adapter::open(&path).unwrap_err().to_string();
+    assert!(
+        error.ends_with("`vmix.kind`: expected `adapter`, found `init`"),
+        "{error}"
+    );
     Ok(())
-}
-
-#[test]
-fn a_base_of_other_layers_is_refused() {
-    let base = Checkpoint::open(BASE).unwrap();
-    let labels = Labels::from_entries(["red"], Start::TrainingFree).unwrap();
-    let features = vmix::Tensor::new([1, 2, 768], Data::F32(vec![0.0; 2 * 768]));
-    let sd15 = training_free_adapter(&labels, &features, 77, Vec::new()).unwrap();
-    let own = crate::parts::small().adapter().unwrap();
-    for (adapter, complaint) in [
-        (
-            sd15,
-            "expected sd15 (16 layers, context 768), as this adapter was made for, found other (7",
-        ),
-        (
-            own,
-            "expected none, as this adapter has value weights of its own",
-        ),
-    ] {
-        let refused = adapter.values_on(&base, &Selection::All, ApplyTo::Cond, DType::F32);
-        let message = refused.unwrap_err().to_string();
-        assert!(message.contains(complaint), "{message}");
-    }
 }

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use vmix::{Adapter, Base, Data, Tensor};
+use vmix::{Adapter, Base, DType, Data, Tensor};
 
-/// The parts of an adapter, to be changed by a test before they become a file.
+/// The parts of an adapter, to be changed by a test before they become a file: the paper's matrices, or
+/// what a file of format 2 holds.
 pub struct Parts {
     pub tensors: BTreeMap<String, Tensor>,
     pub metadata: BTreeMap<String, String>,
@@ -26,6 +27,44 @@ pub fn numbers(count: usize, seed: u64) -> Vec<f32> {
 
 pub fn tensor(shape: &[usize], seed: u64) -> Tensor {
     Tensor::new(shape, Data::F32(numbers(shape.iter().product(), seed)))
+}
+
+/// A small linear adapter for the U-Net of [`small`]: what its file holds. One label has two rows of its
+/// positive side.
+pub fn linear() -> Parts {
+    let mut parts = small().file();
+    parts
+        .tensors
+        .retain(|name, _| name.ends_with(".attn2.rows"));
+    for (i, tensor) in parts.tensors.values_mut().enumerate() {
+        let width = tensor.shape()[1];
+        *tensor = self::tensor(&[7, width], 20 + i as u64);
+    }
+    parts.put("profile", tensor(&[5, 7], 30));
+    let labels: Vec<String> = LABELS
+        .iter()
+        .map(|name| {
+            format!(
+                r#"{{"name": "{name}", "positive": ["{name}"], "negative": [""], "default": 0,
+                    "neutral": 0, "range": [-1.5, 1.5]}}"#
+            )
+        })
+        .collect();
+    parts.set("vmix.labels", &format!("[{}]", labels.join(", ")));
+    let row = |label: usize, side| format!(r#"{{"label": "{}", "side": "{side}"}}"#, LABELS[label]);
+    let rows = [
+        row(0, "positive"),
+        row(0, "negative"),
+        row(1, "positive"),
+        row(1, "negative"),
+        row(2, "negative"),
+        row(2, "positive"),
+        row(0, "positive"),
+    ];
+    parts.set("vmix.rows", &format!("[{}]", rows.join(", ")));
+    parts.set("vmix.coefficients", "linear");
+    parts.set("vmix.made", r#"{"method": "fitted", "base": "small"}"#);
+    parts
 }
 
 /// A small adapter of a U-Net that has no table: two layers of widths 8 and 4, d = 6, C = 5.
@@ -62,7 +101,7 @@ fn parts(base: &str, tokens: usize, dim: usize, layers: &[(&str, usize)]) -> Par
         .iter()
         .enumerate()
         .map(|(i, name)| {
-            format!(r#"{{"name": "{name}", "positive": "{name}", "negative": "rare{i}"}}"#)
+            format!(r#"{{"name": "{name}", "positive": ["{name}"], "negative": ["rare{i}"]}}"#)
         })
         .collect();
     let n = LABELS.len();
@@ -71,18 +110,12 @@ fn parts(base: &str, tokens: usize, dim: usize, layers: &[(&str, usize)]) -> Par
         metadata: BTreeMap::new(),
     };
     for (key, value) in [
-        ("vmix.format", "1"),
-        ("vmix.kind", "adapter"),
         ("vmix.base", base),
         ("vmix.labels", &format!("[{}]", labels.join(", "))),
         ("vmix.context_tokens", &tokens.to_string()),
-        ("vmix.context_dim", &dim.to_string()),
-        ("vmix.feature", "context_eot"),
         ("vmix.norm_eps", "1e-5"),
-        ("vmix.projection", "learned"),
-        ("vmix.value_weights", "own"),
         ("vmix.apply_to", "both"),
-        ("vmix.trained", "no"),
+        ("vmix.made", r#"{"method": "trained", "steps": 3}"#),
         ("modelspec.license", "MIT"),
     ] {
         parts.set(key, value);
@@ -113,7 +146,22 @@ impl Parts {
         self.tensors.insert(name.to_owned(), tensor);
     }
 
+    /// An adapter of the paper's matrices.
     pub fn adapter(&self) -> vmix::Result<Adapter> {
+        Adapter::from_matrices(&self.tensors, &self.metadata, DType::F32)
+    }
+
+    /// What the file of that adapter holds.
+    pub fn file(&self) -> Self {
+        let adapter = self.adapter().unwrap();
+        Self {
+            tensors: adapter.tensors().unwrap(),
+            metadata: adapter.metadata().clone(),
+        }
+    }
+
+    /// An adapter of what a file holds.
+    pub fn opened(&self) -> vmix::Result<Adapter> {
         Adapter::from_tensors(&self.tensors, &self.metadata)
     }
 

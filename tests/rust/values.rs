@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::parts::{LABELS, Parts, small, tensor};
+use crate::parts::{LABELS, Parts, linear, small};
 use half::{bf16, f16};
 use proptest::prelude::*;
 use vmix::{ApplyTo, DType, Data, Selection, Tensor, Values};
@@ -65,7 +65,7 @@ fn layer_values(parts: &Parts, layer: &str, f_a: &[f64]) -> Vec<f64> {
 fn close(found: &[f32], expected: &[f64]) {
     assert_eq!(found.len(), expected.len());
     for (found, expected) in found.iter().zip(expected) {
-        // LayerNorm can magnify f32's 6e-8 by 1/√eps ≈ 300 where a row is nearly constant.
+        // G in f32 is magnified by 1/√eps ≈ 300 where a token's features nearly cancel.
         let tolerance = 2e-5 * (1.0 + expected.abs());
         assert!(
             (f64::from(*found) - expected).abs() < tolerance,
@@ -81,7 +81,7 @@ proptest! {
         let adapter = parts.adapter().unwrap();
         let selection = Selection::weights(LABELS.into_iter().zip(weights));
         let f_a = context(&parts, &weights);
-        close(&adapter.project(&selection).unwrap().to_f32(), &f_a);
+        close(&adapter.project(&selection).unwrap().unwrap().to_f32(), &f_a);
         let opposite = context(&parts, &[0.0; 3]);
         let values = adapter.values(&selection, ApplyTo::Contrast, DType::F32).unwrap();
         for layer in adapter.layers().iter() {
@@ -99,14 +99,14 @@ fn all_and_none_look_up_the_very_features_of_aes_emb() {
     let aes_emb = parts.tensors["aes_emb"].to_f32();
     for (selection, side) in [(Selection::All, 0), (Selection::None, 1)] {
         let rows = aes_emb.chunks(6).skip(side).step_by(2).flatten();
-        let f_t = adapter.aes_embed(&selection).unwrap();
+        let f_t = adapter.aes_embed(&selection).unwrap().unwrap();
         assert_eq!(f_t.shape(), [3, 6]);
         assert_eq!(f_t.to_f32(), rows.copied().collect::<Vec<_>>());
     }
 }
 
 #[test]
-fn weights_of_every_dtype_are_widened_and_results_rounded_once() {
+fn matrices_of_every_dtype_are_widened_and_results_rounded_once() {
     for stored in [DType::F32, DType::F16, DType::BF16] {
         let mut parts = small();
         for tensor in parts.tensors.values_mut() {
@@ -191,61 +191,185 @@ fn the_origin_of_values_is_the_sha256_of_the_adapter_file() {
     }
 }
 
-/// The training-free kind: f_a\[c\] = Σ gain_i·w_i·(t_i − t̂_i), and minus that as its opposite.
+/// The rows of the positive side times max(w, 0) and those of the negative side times max(−w, 0).
 #[test]
-fn difference_projections() {
-    let mut parts = small();
-    parts.set("vmix.projection", "difference");
-    parts
-        .tensors
-        .retain(|name, _| !name.starts_with("projection."));
-    parts.put("projection.gain", tensor(&[3], 7));
-    let adapter = parts.adapter().unwrap();
-    let (aes_emb, gain) = (parts.f64s("aes_emb"), parts.f64s("projection.gain"));
-    let weights = [0.5, 0.0, 1.5];
-    let row: Vec<f64> = (0..6)
-        .map(|c| {
-            let difference = |i: usize| aes_emb[i * 12 + c] - aes_emb[i * 12 + 6 + c];
-            (0..3).map(|i| gain[i] * weights[i] * difference(i)).sum()
-        })
-        .collect();
-    let selection = Selection::weights(LABELS.into_iter().zip(weights.map(|w| w as f32)));
-    close(
-        &adapter.project(&selection).unwrap().to_f32(),
-        &row.repeat(5),
-    );
+fn linear_adapters_are_sums_of_their_rows() {
+    let parts = linear();
+    let adapter = parts.opened().unwrap();
+    let sides = [
+        (0, 1.0),
+        (0, -1.0),
+        (1, 1.0),
+        (1, -1.0),
+        (2, -1.0),
+        (2, 1.0),
+        (0, 1.0),
+    ];
+    let weights = [0.5f32, -1.25, 1.5];
+    let selection = Selection::weights(LABELS.into_iter().zip(weights));
     let values = adapter
         .values(&selection, ApplyTo::Contrast, DType::F32)
         .unwrap();
+    let profile = parts.f64s("profile");
     for layer in adapter.layers().iter() {
-        let cond = values.get(&layer.name).unwrap().to_f32();
-        let uncond = values.get_uncond(&layer.name).unwrap().unwrap().to_f32();
-        close(&cond, &layer_values(&parts, &layer.name, &row.repeat(5)));
-        assert_eq!(uncond, cond.iter().map(|x| -x).collect::<Vec<_>>());
+        let rows = parts.f64s(&format!("{}.rows", layer.name));
+        let expected = |sign: f64| -> Vec<f64> {
+            let entry = |i: usize| {
+                let (c, j) = (i / layer.inner_dim, i % layer.inner_dim);
+                let scale = |(label, side): (usize, f64)| {
+                    (sign * side * f64::from(weights[label])).max(0.0)
+                };
+                let sides = sides.into_iter().enumerate();
+                sides
+                    .map(|(r, side)| {
+                        scale(side) * profile[c * 7 + r] * rows[r * layer.inner_dim + j]
+                    })
+                    .sum()
+            };
+            (0..5 * layer.inner_dim).map(entry).collect()
+        };
+        close(&values.get(&layer.name).unwrap().to_f32(), &expected(1.0));
+        let uncond = values.get_uncond(&layer.name).unwrap().unwrap();
+        close(&uncond.to_f32(), &expected(-1.0));
+    }
+    assert!(adapter.project(&selection).unwrap().is_none());
+    assert!(adapter.aes_embed(&selection).unwrap().is_none());
+    // At its default, 0, no label does anything.
+    let none = adapter
+        .values(&Selection::Default, ApplyTo::Cond, DType::F16)
+        .unwrap();
+    for layer in adapter.layers().iter() {
+        assert!(
+            none.get(&layer.name)
+                .unwrap()
+                .to_f32()
+                .iter()
+                .all(|x| *x == 0.0)
+        );
     }
 }
 
+/// A·B is V_a, for one selection and for a batch, of every row that a host may upload.
 #[test]
-fn weights_of_the_base_need_the_base() {
-    let mut parts = small();
-    parts.set("vmix.value_weights", "base");
-    let dims = r#"{"down_blocks.0.attentions.0.transformer_blocks.0.attn2": 8,
-                   "up_blocks.0.attentions.0.transformer_blocks.0.attn2": 4}"#;
-    parts.set("vmix.inner_dims", dims);
-    parts
-        .tensors
-        .retain(|name, _| !name.ends_with("to_v_aes.weight"));
-    let adapter = parts.adapter().unwrap();
-    let dims = adapter.layers().iter().map(|layer| layer.inner_dim);
-    assert_eq!(dims.collect::<Vec<_>>(), [8, 4]);
-    adapter.project(&Selection::All).unwrap();
-    let error = adapter
-        .values(&Selection::All, ApplyTo::Both, DType::F32)
-        .unwrap_err();
-    assert!(
-        error.to_string().contains("the base model's own to_v"),
-        "{error}"
+fn coefficients_times_rows_are_values() {
+    for adapter in [small().adapter().unwrap(), linear().opened().unwrap()] {
+        let rows = adapter.row_sides().len();
+        let selections = [
+            Selection::All,
+            Selection::None,
+            Selection::weights([("sharp focus", -0.7), ("vibrant color", 1.3)]),
+        ];
+        let batch = adapter.batch_coefficients(&selections).unwrap();
+        assert_eq!(batch.shape(), [3, 5, rows]);
+        for (i, selection) in selections.iter().enumerate() {
+            let a = adapter.coefficients(selection).unwrap();
+            assert_eq!(a.shape(), [5, rows]);
+            let a = a.to_f32();
+            assert_eq!(batch.to_f32()[i * a.len()..][..a.len()], a);
+            let values = adapter
+                .values(selection, ApplyTo::Cond, DType::F32)
+                .unwrap();
+            for layer in adapter.layers().iter() {
+                let b = adapter.rows(&layer.name).unwrap();
+                assert_eq!(b.shape(), [rows, layer.inner_dim]);
+                let b = b.to_f32();
+                let entry = |i: usize| {
+                    let (c, j) = (i / layer.inner_dim, i % layer.inner_dim);
+                    let product =
+                        |r| f64::from(a[c * rows + r]) * f64::from(b[r * layer.inner_dim + j]);
+                    (0..rows).map(product).sum()
+                };
+                let expected: Vec<f64> = (0..5 * layer.inner_dim).map(entry).collect();
+                close(&values.get(&layer.name).unwrap().to_f32(), &expected);
+            }
+        }
+    }
+    let empty = small().adapter().unwrap().batch_coefficients(&[]).unwrap();
+    assert_eq!(empty.shape(), [0, 5, 7]);
+}
+
+/// A label that is dropped stays where a selection leaves it out, in both kinds of adapters.
+#[test]
+fn merged_adapters_give_the_values_of_the_originals() {
+    let mut neutral = small();
+    let labels = neutral.metadata["vmix.labels"].replace(
+        r#""name": "sharp focus","#,
+        r#""name": "sharp focus", "neutral": 0.25,"#,
     );
+    neutral.set("vmix.labels", &labels);
+    for adapter in [neutral.adapter().unwrap(), linear().opened().unwrap()] {
+        let kept = vmix::merge(
+            std::slice::from_ref(&adapter),
+            Some(&["natural lighting", "vibrant color"]),
+        )
+        .unwrap();
+        let names: Vec<_> = kept.labels().iter().map(|label| &*label.name).collect();
+        assert_eq!(names, ["natural lighting", "vibrant color"]);
+        for selection in [
+            Selection::weights([("natural lighting", 0.3), ("vibrant color", -0.5)]),
+            Selection::None,
+        ] {
+            let values = |adapter: &vmix::Adapter| {
+                adapter
+                    .values(&selection, ApplyTo::Contrast, DType::F32)
+                    .unwrap()
+            };
+            let (found, expected) = (values(&kept), values(&adapter));
+            for layer in adapter.layers().iter() {
+                let f64s = |values: &Tensor| -> Vec<f64> {
+                    values.to_f32().into_iter().map(f64::from).collect()
+                };
+                let cond = f64s(expected.get(&layer.name).unwrap());
+                close(&found.get(&layer.name).unwrap().to_f32(), &cond);
+            }
+        }
+    }
+
+    // Two halves of a linear adapter make the whole again.
+    let whole = linear().opened().unwrap();
+    let part = |labels: &[&str]| vmix::merge(std::slice::from_ref(&whole), Some(labels)).unwrap();
+    let halves = [
+        part(&["vibrant color", "sharp focus"]),
+        part(&["natural lighting"]),
+    ];
+    let joined = vmix::merge(&halves, Some(&LABELS)).unwrap();
+    let selection = Selection::weights(LABELS.into_iter().zip([0.5, -1.25, 1.5]));
+    for layer in whole.layers().iter() {
+        let values = |adapter: &vmix::Adapter| {
+            let values = adapter
+                .values(&selection, ApplyTo::Cond, DType::F32)
+                .unwrap();
+            values.get(&layer.name).unwrap().to_f32()
+        };
+        let expected: Vec<f64> = values(&whole).into_iter().map(f64::from).collect();
+        close(&values(&joined), &expected);
+    }
+    assert!(joined.metadata()["vmix.made"].contains(r#""method":"merged""#));
+
+    let trained = small().adapter().unwrap();
+    for (adapters, labels, expected) in [
+        (vec![], None, "adapters: expected at least one, found none"),
+        (
+            vec![trained.clone(), trained.clone()],
+            None,
+            "coefficients of the adapters: expected `linear`, to join several, found `layernorm`",
+        ),
+        (
+            vec![whole.clone(), whole.clone()],
+            None,
+            "labels: expected labels of different names, found `vibrant color` in two adapters",
+        ),
+        (
+            vec![whole.clone()],
+            Some(["vibrant colour"]),
+            "unknown label `vibrant colour` (did you mean `vibrant color`?); known labels: \
+             vibrant color, natural lighting, sharp focus",
+        ),
+    ] {
+        let labels = labels.as_ref().map(|labels| &labels[..]);
+        let error = vmix::merge(&adapters, labels).unwrap_err().to_string();
+        assert_eq!(error, expected);
+    }
 }
 
 /// Values are shared between threads without a lock, and outlive their adapter.

@@ -5,16 +5,17 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 use pyo3::{
     IntoPyObjectExt,
     prelude::*,
-    types::{PyDict, PyMapping},
+    types::{PyDict, PyIterator, PyList, PyMapping},
 };
 use vmix::Opened;
 
 use crate::{
     VMixError,
-    selection::{self, Selection, chosen},
+    init::Untrained,
+    selection::{self, Selection, Selections, chosen},
     tensor::{Tensor, import},
     to_py,
-    values::Values,
+    values::{Values, to_key_error},
 };
 
 #[pyclass(module = "vmix", frozen)]
@@ -42,15 +43,34 @@ impl Adapter {
         tensors: &Bound<'_, PyMapping>,
         metadata: BTreeMap<String, String>,
     ) -> PyResult<Self> {
-        let mut imported = BTreeMap::new();
-        for item in tensors.items()?.iter() {
-            let (name, tensor) = item.extract::<(String, Bound<'_, PyAny>)>()?;
-            let tensor = import(&format!("tensor `{name}`"), &tensor)?;
-            imported.insert(name, tensor);
-        }
-        py.detach(|| vmix::Adapter::from_tensors(&imported, &metadata))
+        let tensors = import_all(tensors)?;
+        py.detach(|| vmix::Adapter::from_tensors(&tensors, &metadata))
             .map(Self)
             .map_err(to_py)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (tensors, metadata, dtype="float32"))]
+    fn from_matrices(
+        py: Python<'_>,
+        tensors: &Bound<'_, PyMapping>,
+        metadata: BTreeMap<String, String>,
+        dtype: &str,
+    ) -> PyResult<Self> {
+        let tensors = import_all(tensors)?;
+        let dtype = selection::dtype(dtype)?;
+        py.detach(|| vmix::Adapter::from_matrices(&tensors, &metadata, dtype))
+            .map(Self)
+            .map_err(to_py)
+    }
+
+    /// It never changes, so a copy is the thing itself.
+    fn __copy__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __deepcopy__(slf: Py<Self>, _memo: &Bound<'_, PyAny>) -> Py<Self> {
+        slf
     }
 
     fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
@@ -78,18 +98,27 @@ impl Adapter {
     }
 
     #[getter]
-    fn context_dim(&self) -> usize {
+    fn context_dim(&self) -> Option<usize> {
         self.0.context_dim()
     }
 
     #[getter]
-    fn projection(&self) -> &'static str {
-        self.0.projection().name()
+    fn coefficient_kind(&self) -> &'static str {
+        self.0.coefficient_kind().name()
     }
 
     #[getter]
-    fn value_weights(&self) -> &'static str {
-        self.0.value_weights().name()
+    fn row_sides(&self) -> Vec<(Option<String>, &'static str)> {
+        let name = |i: usize| self.0.labels()[i].name.clone();
+        let sides = self.0.row_sides().iter();
+        sides
+            .map(|row| (row.label.map(name), row.side.name()))
+            .collect()
+    }
+
+    #[getter]
+    fn dtype(&self) -> &'static str {
+        self.0.dtype().name()
     }
 
     #[getter]
@@ -97,9 +126,11 @@ impl Adapter {
         self.0.apply_to().name()
     }
 
+    /// `vmix.made`, how the file was made.
     #[getter]
-    fn trained(&self) -> &str {
-        self.0.metadata().get("vmix.trained").map_or("no", |s| s)
+    fn made<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let made = &self.0.metadata()["vmix.made"];
+        py.import("json")?.call_method1("loads", (made,))
     }
 
     #[getter]
@@ -124,69 +155,130 @@ impl Adapter {
     }
 
     #[pyo3(signature = (selection=None))]
-    fn aes_embed(&self, py: Python<'_>, selection: Option<Selection>) -> PyResult<Tensor> {
-        let selection = chosen(selection);
-        let f_t = py.detach(|| self.0.aes_embed(&selection)).map_err(to_py)?;
-        Ok(Tensor(Arc::new(f_t)))
+    fn opposite<'py>(
+        &self,
+        py: Python<'py>,
+        selection: Option<Selection>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let labels = self.0.labels();
+        let opposite = labels.opposite(&chosen(selection)).map_err(to_py)?;
+        let weights = labels.weights(&opposite).map_err(to_py)?;
+        selection::weights(py, labels, &weights)
     }
 
     #[pyo3(signature = (selection=None))]
-    fn project(&self, py: Python<'_>, selection: Option<Selection>) -> PyResult<Tensor> {
-        let selection = chosen(selection);
-        let f_a = py.detach(|| self.0.project(&selection)).map_err(to_py)?;
-        Ok(Tensor(Arc::new(f_a)))
+    fn coefficients(&self, py: Python<'_>, selection: Option<Selections>) -> PyResult<Tensor> {
+        let selections = selection.unwrap_or(Selections::One(vmix::Selection::Default));
+        py.detach(|| match selections {
+            Selections::One(selection) => self.0.coefficients(&selection),
+            Selections::Batch(batch) => self.0.batch_coefficients(&batch),
+        })
+        .map(|a| Tensor(Arc::new(a)))
+        .map_err(to_py)
     }
 
-    #[pyo3(signature = (
-        selection=None, *, apply_to=None, dtype="float32", base=None
-    ))]
+    #[getter]
+    fn rows(&self) -> Rows {
+        Rows(self.0.clone())
+    }
+
+    #[pyo3(signature = (selection=None))]
+    fn aes_embed(&self, selection: Option<Selection>) -> PyResult<Option<Tensor>> {
+        let f_t = self.0.aes_embed(&chosen(selection)).map_err(to_py)?;
+        Ok(f_t.map(|f_t| Tensor(Arc::new(f_t))))
+    }
+
+    #[pyo3(signature = (selection=None))]
+    fn project(&self, selection: Option<Selection>) -> PyResult<Option<Tensor>> {
+        let f_a = self.0.project(&chosen(selection)).map_err(to_py)?;
+        Ok(f_a.map(|f_a| Tensor(Arc::new(f_a))))
+    }
+
+    #[pyo3(signature = (selection=None, *, apply_to=None, dtype="float32"))]
     fn values(
         &self,
         py: Python<'_>,
         selection: Option<Selection>,
         apply_to: Option<&str>,
         dtype: &str,
-        base: Option<PathBuf>,
     ) -> PyResult<Values> {
         let selection = chosen(selection);
         let apply_to = apply_to.map(selection::apply_to).transpose()?;
         let apply_to = apply_to.unwrap_or(self.0.apply_to());
         let dtype = selection::dtype(dtype)?;
-        py.detach(|| match base {
-            None => self.0.values(&selection, apply_to, dtype),
-            Some(base) => {
-                let base = vmix::Checkpoint::open(base)?;
-                self.0.values_on(&base, &selection, apply_to, dtype)
-            }
-        })
-        .map(Values)
-        .map_err(to_py)
-    }
-
-    fn validate(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.0.validate()).map_err(to_py)
+        py.detach(|| self.0.values(&selection, apply_to, dtype))
+            .map(Values)
+            .map_err(to_py)
     }
 
     fn __repr__(&self) -> String {
         let names: Vec<_> = self.0.labels().iter().map(|label| &label.name).collect();
-        let experimental = match self.0.projection() {
-            vmix::ProjectionKind::Difference => ", training-free (EXPERIMENTAL)",
-            vmix::ProjectionKind::Learned => "",
-        };
-        format!(
-            "Adapter(base={}, labels={names:?}{experimental})",
-            self.0.base()
-        )
+        format!("Adapter(base={}, labels={names:?})", self.0.base())
     }
 }
 
-/// Opens an adapter or a preset; the file's own metadata says which it is.
+fn import_all(tensors: &Bound<'_, PyMapping>) -> PyResult<BTreeMap<String, vmix::Tensor>> {
+    let mut imported = BTreeMap::new();
+    for item in tensors.items()?.iter() {
+        let (name, tensor) = item.extract::<(String, Bound<'_, PyAny>)>()?;
+        let tensor = import(&format!("tensor `{name}`"), &tensor)?;
+        imported.insert(name, tensor);
+    }
+    Ok(imported)
+}
+
+/// B of every layer, as a mapping from layer name to tensor.
+#[pyclass(module = "vmix", frozen, mapping)]
+pub struct Rows(vmix::Adapter);
+
+#[pymethods]
+impl Rows {
+    fn __getitem__(&self, layer: &str) -> PyResult<Tensor> {
+        let rows = self.0.rows(layer).map_err(to_key_error)?;
+        Ok(Tensor(Arc::clone(rows)))
+    }
+
+    fn __contains__(&self, layer: &Bound<'_, PyAny>) -> bool {
+        layer
+            .extract::<&str>()
+            .is_ok_and(|layer| self.0.layers().contains(layer))
+    }
+
+    fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyIterator>> {
+        let names = self.0.layers().iter().map(|layer| &layer.name);
+        PyList::new(py, names.collect::<Vec<_>>())?.try_iter()
+    }
+
+    fn __len__(&self) -> usize {
+        self.0.layers().len()
+    }
+}
+
+/// One adapter with some labels of one or several.
+#[pyfunction]
+#[pyo3(signature = (adapters, labels=None))]
+pub fn merge_adapters(
+    py: Python<'_>,
+    adapters: Vec<PyRef<'_, Adapter>>,
+    labels: Option<Vec<String>>,
+) -> PyResult<Adapter> {
+    let adapters: Vec<_> = adapters.iter().map(|adapter| adapter.0.clone()).collect();
+    let names: Option<Vec<&str>> = labels
+        .as_ref()
+        .map(|labels| labels.iter().map(String::as_str).collect());
+    py.detach(|| vmix::merge(&adapters, names.as_deref()))
+        .map(Adapter)
+        .map_err(to_py)
+}
+
+/// Opens any VMix file; its own metadata says what it is.
 #[pyfunction]
 pub fn open(py: Python<'_>, path: PathBuf) -> PyResult<Py<PyAny>> {
     match py.detach(|| vmix::open(path)).map_err(to_py)? {
         Opened::Adapter(adapter) => Adapter(adapter).into_py_any(py),
         Opened::Preset(values) => Values(values).into_py_any(py),
-        _ => unreachable!("the crate in this workspace opens adapters and presets"),
+        Opened::Untrained(untrained) => Untrained(untrained).into_py_any(py),
+        _ => unreachable!("the crate in this workspace opens no other files"),
     }
 }
 
@@ -210,10 +302,13 @@ pub fn ldm_name(name: &str, layers_per_block: usize) -> Option<String> {
 pub struct Label {
     name: String,
     dimension: String,
-    positive: String,
-    negative: String,
+    positive: Vec<String>,
+    negative: Vec<String>,
     default: f32,
     neutral: Option<f32>,
+    range: (f32, f32),
+    step: f32,
+    effect: BTreeMap<String, f64>,
     display_names: BTreeMap<String, String>,
 }
 
@@ -232,6 +327,9 @@ pub fn labels(labels: &vmix::Labels) -> Vec<Label> {
         negative: label.negative.clone(),
         default: label.default,
         neutral: label.neutral,
+        range: label.range.into(),
+        step: label.step,
+        effect: label.effect.clone(),
         display_names: label.display_names.clone(),
     };
     labels.iter().map(convert).collect()

@@ -1,32 +1,96 @@
-//! New adapters, and the text encoders they are made with.
+//! Init files, and the text encoders they are made with.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc};
 
 use pyo3::{
     exceptions::{PyTypeError, PyUserWarning},
     prelude::*,
     types::PyString,
 };
-use vmix::{InitOptions, Labels, Start};
+use vmix::Labels;
 
 use crate::{
     VMixError,
-    adapter::{Adapter, Label, labels},
-    selection,
-    tensor::{Tensor, import},
+    adapter::{Label, labels},
+    tensor::Tensor,
     to_py,
 };
 
+#[pyclass(module = "vmix", frozen)]
+pub struct Untrained(pub vmix::Untrained);
+
+#[pymethods]
+impl Untrained {
+    #[staticmethod]
+    fn open(py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        py.detach(|| vmix::Untrained::open(path))
+            .map(Self)
+            .map_err(to_py)
+    }
+
+    #[staticmethod]
+    fn from_bytes(data: Vec<u8>) -> PyResult<Self> {
+        vmix::Untrained::from_bytes(data).map(Self).map_err(to_py)
+    }
+
+    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        py.detach(|| self.0.save(path)).map_err(to_py)
+    }
+
+    #[getter]
+    fn base(&self) -> &'static str {
+        self.0.base().name()
+    }
+
+    #[getter]
+    fn labels(&self) -> Vec<Label> {
+        labels(self.0.labels())
+    }
+
+    #[getter]
+    fn context_tokens(&self) -> usize {
+        self.0.context_tokens()
+    }
+
+    #[getter]
+    fn context_dim(&self) -> usize {
+        self.0.context_dim()
+    }
+
+    #[getter]
+    fn aes_emb(&self) -> Tensor {
+        Tensor(Arc::new(self.0.aes_emb().clone()))
+    }
+
+    /// diffusers name → LDM name of every layer, for bases that no table has.
+    #[getter]
+    fn ldm_names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        let names = self.0.metadata().get("vmix.ldm_names");
+        let names = names.map_or("{}", String::as_str);
+        py.import("json")?.call_method1("loads", (names,))
+    }
+
+    #[getter]
+    fn metadata(&self) -> BTreeMap<String, String> {
+        self.0.metadata().clone()
+    }
+
+    fn __repr__(&self) -> String {
+        let names: Vec<_> = self.0.labels().iter().map(|label| &label.name).collect();
+        format!("Untrained(base={}, labels={names:?})", self.0.base())
+    }
+}
+
 /// A path to a `labels.toml`, a list of labels as they are typed, or None for the default ones.
-fn read_labels(given: Option<&Bound<'_, PyAny>>, start: Start) -> PyResult<Labels> {
+fn read_labels(given: Option<&Bound<'_, PyAny>>) -> PyResult<Labels> {
     let Some(given) = given else {
-        return Ok(Labels::standard(start));
+        return Ok(Labels::standard());
     };
     if !given.is_instance_of::<PyString>()
         && let Ok(entries) = given.extract::<Vec<String>>()
     {
         let entries = entries.iter().map(String::as_str);
-        return Labels::from_entries(entries, start).map_err(to_py);
+        return Labels::from_entries(entries).map_err(to_py);
     }
     let expected = "labels: expected a path to a labels.toml, or a list of texts";
     let path: PathBuf = given
@@ -38,58 +102,35 @@ fn read_labels(given: Option<&Bound<'_, PyAny>>, start: Start) -> PyResult<Label
             "{expected}, found no file {found}"
         )));
     }
-    Labels::open_toml(path, start).map_err(to_py)
+    Labels::open_toml(path).map_err(to_py)
 }
 
 /// The labels of a `labels.toml` or of a list of texts; without either the default ones.
 #[pyfunction]
-#[pyo3(signature = (source=None, *, training_free=false))]
-pub fn read_label_list(
-    source: Option<&Bound<'_, PyAny>>,
-    training_free: bool,
-) -> PyResult<Vec<Label>> {
-    Ok(labels(&read_labels(source, start(training_free))?))
+#[pyo3(signature = (source=None))]
+pub fn read_label_list(source: Option<&Bound<'_, PyAny>>) -> PyResult<Vec<Label>> {
+    Ok(labels(&read_labels(source)?))
 }
 
-fn start(training_free: bool) -> Start {
-    if training_free {
-        Start::TrainingFree
-    } else {
-        Start::Training
-    }
-}
-
-/// A new adapter for a checkpoint and a list of labels. It changes nothing before it is trained; with
-/// `training_free` it works at once, which is EXPERIMENTAL and not the trained adapter of the paper.
+/// The start of a training, for a checkpoint and a list of labels.
 #[pyfunction]
-#[pyo3(signature = (
-    base, labels=None, *, training_free=false, dtype=None, seed=0, progress=None
-))]
+#[pyo3(signature = (base, labels=None, *, progress=None))]
 pub fn init_adapter(
     py: Python<'_>,
     base: PathBuf,
     labels: Option<&Bound<'_, PyAny>>,
-    training_free: bool,
-    dtype: Option<&str>,
-    seed: u64,
     progress: Option<Py<PyAny>>,
-) -> PyResult<Adapter> {
-    let start = start(training_free);
-    let labels = read_labels(labels, start)?;
-    let options = InitOptions {
-        start,
-        dtype: dtype.map(selection::dtype).transpose()?,
-        seed,
-    };
+) -> PyResult<Untrained> {
+    let labels = read_labels(labels)?;
     let checkpoint = py.detach(|| vmix::Checkpoint::open(base)).map_err(to_py)?;
     let encoder = py.detach(|| checkpoint.text_encoder()).map_err(to_py)?;
-    for warning in encoder.warnings(&labels, start).map_err(to_py)? {
+    for warning in encoder.warnings(&labels).map_err(to_py)? {
         let warning = std::ffi::CString::new(warning).expect("labels have no NUL characters");
         PyErr::warn(py, &py.get_type::<PyUserWarning>(), &warning, 1)?;
     }
     let mut failure = None;
-    let adapter = py.detach(|| {
-        vmix::init_adapter(&checkpoint, &labels, &options, |done, total| {
+    let untrained = py.detach(|| {
+        vmix::init_adapter(&checkpoint, &labels, |done, total| {
             if let (Some(progress), None) = (&progress, &failure) {
                 failure = Python::attach(|py| progress.call1(py, (done, total)).err());
             }
@@ -97,35 +138,8 @@ pub fn init_adapter(
     });
     match failure {
         Some(error) => Err(error),
-        None => adapter.map(Adapter).map_err(to_py),
+        None => untrained.map(Untrained).map_err(to_py),
     }
-}
-
-/// EXPERIMENTAL: what `init_adapter` makes with `training_free`, from features [N, 2, d] that a host's
-/// own text encoder gave.
-#[pyfunction]
-#[pyo3(signature = (labels, features, *, context_tokens=77, layers=None))]
-pub fn training_free_adapter(
-    py: Python<'_>,
-    labels: &Bound<'_, PyAny>,
-    features: &Bound<'_, PyAny>,
-    context_tokens: usize,
-    layers: Option<Vec<(String, String, usize)>>,
-) -> PyResult<Adapter> {
-    let labels = read_labels(Some(labels), Start::TrainingFree)?;
-    let features = import("features", features)?;
-    let layers = layers
-        .unwrap_or_default()
-        .into_iter()
-        .map(|(name, ldm_name, inner_dim)| vmix::Layer {
-            name,
-            ldm_name: Some(ldm_name),
-            inner_dim,
-        })
-        .collect();
-    py.detach(|| vmix::training_free_adapter(&labels, &features, context_tokens, layers))
-        .map(Adapter)
-        .map_err(to_py)
 }
 
 #[pyclass(module = "vmix", frozen)]

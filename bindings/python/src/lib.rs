@@ -29,13 +29,15 @@ mod _native {
     #[pymodule_export]
     use super::VMixError;
     #[pymodule_export]
-    use super::adapter::{Adapter, Label, Layer, ldm_name, open, unet_layers};
+    use super::adapter::{
+        Adapter, Label, Layer, Rows, ldm_name, merge_adapters, open, unet_layers,
+    };
     #[pymodule_export]
     use super::attention::{attention, get_num_threads, set_num_threads};
     #[pymodule_export]
     use super::init::{
-        ClipOutput, TextEncoder, Tokenizer, clip_merges, init_adapter, read_label_list,
-        run_command, training_free_adapter,
+        ClipOutput, TextEncoder, Tokenizer, Untrained, clip_merges, init_adapter, read_label_list,
+        run_command,
     };
     #[pymodule_export]
     use super::tensor::Tensor;

@@ -50,6 +50,31 @@ impl<'a, 'py> FromPyObject<'a, 'py> for Selection {
     }
 }
 
+/// One selection, or a list with one for every image of a batch.
+pub enum Selections {
+    One(vmix::Selection),
+    Batch(Vec<vmix::Selection>),
+}
+
+impl<'a, 'py> FromPyObject<'a, 'py> for Selections {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        // A list of names is one selection: of all these labels.
+        let is_text = object.is_instance_of::<PyString>();
+        if let (false, Ok(sequence)) = (is_text, object.cast::<PySequence>()) {
+            let items = sequence.to_list()?;
+            let batch = items.iter().any(|item| !item.is_instance_of::<PyString>());
+            if batch {
+                let items = items.iter();
+                let selections = items.map(|item| Ok(chosen(item.extract::<Option<Selection>>()?)));
+                return selections.collect::<PyResult<_>>().map(Self::Batch);
+            }
+        }
+        Ok(Self::One(object.extract::<Selection>()?.0))
+    }
+}
+
 /// A key, weight or item of a selection; the error shows the one that is wrong.
 fn part<'py, T: FromPyObjectOwned<'py>>(expected: &str, found: &Bound<'py, PyAny>) -> PyResult<T> {
     found.extract().map_err(|_| {

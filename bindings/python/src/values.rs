@@ -34,6 +34,15 @@ impl Values {
             .map_err(to_py)
     }
 
+    /// It never changes, so a copy is the thing itself.
+    fn __copy__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __deepcopy__(slf: Py<Self>, _memo: &Bound<'_, PyAny>) -> Py<Self> {
+        slf
+    }
+
     fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
         py.detach(|| self.0.save(path)).map_err(to_py)
     }
@@ -74,8 +83,8 @@ impl Values {
     }
 
     #[getter]
-    fn origin(&self, py: Python<'_>) -> String {
-        py.detach(|| self.0.origin().to_owned())
+    fn origin(&self) -> &str {
+        self.0.origin()
     }
 
     fn uncond(&self, layer: &str) -> PyResult<Option<Tensor>> {
@@ -104,13 +113,8 @@ impl Values {
     }
 
     fn __repr__(&self) -> String {
-        let projection = self.0.metadata().remove("vmix.projection");
-        let experimental = match projection.as_deref() {
-            Some("difference") => ", training-free (EXPERIMENTAL)",
-            _ => "",
-        };
         format!(
-            "Values(base={}, layers={}, dtype={}, apply_to={}{experimental})",
+            "Values(base={}, layers={}, dtype={}, apply_to={})",
             self.0.base(),
             self.0.layers().len(),
             self.0.dtype(),
@@ -120,6 +124,6 @@ impl Values {
 }
 
 /// Mappings raise KeyError, whose text Python shows in quotes.
-fn to_key_error(error: vmix::Error) -> PyErr {
+pub fn to_key_error(error: vmix::Error) -> PyErr {
     PyKeyError::new_err(error.to_string())
 }
