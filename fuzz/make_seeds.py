@@ -10,14 +10,16 @@ sys.path.insert(0, str(HERE.parent / "tests/hostile"))
 import make  # noqa: E402
 
 SEEDS = {
-    "adapter": make.adapter(),
-    "difference": make.difference(),
-    "borrowing": make.borrowing(),
+    "layernorm": make.adapter(),
+    "linear": make.linear("BF16"),
+    "bare": make.bare(),
     "sd15": make.sd15(),
     "preset": make.preset(),
     "preset-f16": make.preset("F16"),
     "contrast": make.contrast(),
-    "base": make.base(),
+    "init": make.init(),
+    "init-sd15": make.sd15_init(),
+    "matrices": make.matrices(),
 }
 
 for name, parts in SEEDS.items():

@@ -2,11 +2,19 @@
 
 #![no_main]
 
+use std::{collections::BTreeMap, slice};
+
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
-use vmix::{Adapter, ApplyTo, DType, Selection, ValueWeights, Values};
+use safetensors::{Dtype, SafeTensors};
+use vmix::{
+    Adapter, ApplyTo, CoefficientKind, DType, Data, Selection, Side, Tensor, Untrained, Values,
+    merge,
+};
 
 /// Larger results only take time: their size is checked by a test.
 const MAX_RESULT: usize = 1 << 18;
+
+const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 fuzz_target!(|bytes: &[u8]| {
     if let Ok(adapter) = Adapter::from_bytes(bytes.to_vec()) {
@@ -14,6 +22,20 @@ fuzz_target!(|bytes: &[u8]| {
     }
     if let Ok(values) = Values::from_bytes(bytes.to_vec()) {
         assert_comes_back(&values);
+    }
+    if let Ok(untrained) = Untrained::from_bytes(bytes.to_vec()) {
+        let (n, d) = (untrained.labels().len(), untrained.context_dim());
+        assert_eq!(untrained.aes_emb().shape(), [n, 2, d]);
+        assert_finite(untrained.aes_emb());
+    }
+    // The paper's matrices come from a trainer, but nothing in them is believed either.
+    if let Some((tensors, metadata)) = parts(bytes) {
+        for dtype in DTYPES {
+            if let Ok(adapter) = Adapter::from_matrices(&tensors, &metadata, dtype) {
+                assert_eq!(adapter.dtype(), dtype);
+                use_adapter(&adapter);
+            }
+        }
     }
 });
 
@@ -36,32 +58,116 @@ fuzz_mutator!(|data: &mut [u8], size: usize, max_size: usize, seed: u32| {
     end
 });
 
+/// What a file holds, if it is a safetensors file of floats.
+fn parts(bytes: &[u8]) -> Option<(BTreeMap<String, Tensor>, BTreeMap<String, String>)> {
+    let (_, header) = SafeTensors::read_metadata(bytes).ok()?;
+    let metadata = header.metadata().clone()?.into_iter().collect();
+    let file = SafeTensors::deserialize(bytes).ok()?;
+    let tensors = file.iter().map(|(name, view)| {
+        let data = match view.dtype() {
+            Dtype::F32 => Data::F32(bytemuck::pod_collect_to_vec(view.data())),
+            Dtype::F16 => Data::F16(bytemuck::pod_collect_to_vec(view.data())),
+            Dtype::BF16 => Data::BF16(bytemuck::pod_collect_to_vec(view.data())),
+            _ => return None,
+        };
+        Some((name.to_owned(), Tensor::new(view.shape(), data)))
+    });
+    Some((tensors.collect::<Option<_>>()?, metadata))
+}
+
 fn use_adapter(adapter: &Adapter) {
-    let valid = adapter.validate().is_ok();
-    let widths = adapter.layers().iter().map(|layer| layer.inner_dim);
-    let width = widths.fold(adapter.context_dim(), usize::saturating_add);
-    if width.saturating_mul(adapter.context_tokens()) > MAX_RESULT {
+    let (n, rows) = (adapter.labels().len(), adapter.row_sides().len());
+    let (tokens, d) = (adapter.context_tokens(), adapter.context_dim());
+    for label in 0..n {
+        let mut sides = adapter.row_sides().iter();
+        assert!(
+            sides.any(|row| row.label == Some(label)),
+            "a row for every label"
+        );
+    }
+    let mut width = rows.saturating_add(d.unwrap_or(0));
+    for layer in adapter.layers().iter() {
+        let rows_of = adapter.rows(&layer.name).expect("its name");
+        assert_eq!(rows_of.shape(), [rows, layer.inner_dim]);
+        assert_eq!(rows_of.dtype(), adapter.dtype());
+        assert_finite(rows_of);
+        width = width.saturating_add(layer.inner_dim);
+    }
+    if width.saturating_mul(tokens) > MAX_RESULT {
         return;
     }
-    for selection in [Selection::Default, Selection::All, Selection::None] {
-        let f_t = adapter.aes_embed(&selection).expect("a valid selection");
-        let (n, d) = (adapter.labels().len(), adapter.context_dim());
-        assert_eq!(f_t.shape(), [n, d]);
+    let tensors = adapter.tensors().expect("they were read");
+    let again = Adapter::from_tensors(&tensors, adapter.metadata()).expect("it opened before");
+    let merged = merge(slice::from_ref(adapter), None).expect("every label is kept");
+    let selections = [Selection::Default, Selection::All, Selection::None];
+    for selection in &selections {
         // Finite weights may overflow together.
-        if let Ok(f_a) = adapter.project(&selection) {
-            assert_eq!(f_a.shape(), [adapter.context_tokens(), d]);
+        let coefficients = adapter.coefficients(selection).ok();
+        assert_eq!(again.coefficients(selection).ok(), coefficients);
+        assert_eq!(merged.coefficients(selection).ok(), coefficients);
+        if let Some(coefficients) = &coefficients {
+            assert_eq!(coefficients.shape(), [tokens, rows]);
+            assert_finite(coefficients);
+            if *selection == Selection::All {
+                assert_are_all(adapter, &tensors["profile"], coefficients);
+            }
+        }
+        let f_t = adapter.aes_embed(selection).expect("a valid selection");
+        assert_eq!(f_t.is_some(), tensors.contains_key("aes_emb"));
+        if let Some(f_t) = f_t {
+            assert_eq!(f_t.shape(), [n, d.expect("AesEmb has it")]);
+        }
+        if let Ok(f_a) = adapter.project(selection) {
+            let is_linear = adapter.coefficient_kind() == CoefficientKind::Linear;
+            assert_eq!(f_a.is_none(), is_linear);
+            if let Some(f_a) = f_a {
+                assert_eq!(f_a.shape(), [tokens, d.expect("AesEmb has it")]);
+                assert_finite(&f_a);
+            }
         }
         for apply_to in [ApplyTo::Cond, ApplyTo::Both, ApplyTo::Contrast] {
-            for dtype in [DType::F32, DType::F16, DType::BF16] {
-                let Ok(values) = adapter.values(&selection, apply_to, dtype) else {
+            for dtype in DTYPES {
+                let Ok(values) = adapter.values(selection, apply_to, dtype) else {
                     continue;
                 };
-                assert!(valid && adapter.value_weights() == ValueWeights::Own);
+                assert!(coefficients.is_some());
                 assert_eq!((values.apply_to(), values.dtype()), (apply_to, dtype));
                 assert_comes_back(&values);
             }
         }
     }
+    if let Ok(batch) = adapter.batch_coefficients(&selections) {
+        assert_eq!(batch.shape(), [selections.len(), tokens, rows]);
+    }
+    for dtype in DTYPES {
+        if let Ok(other) = adapter.to_dtype(dtype) {
+            assert_eq!(other.dtype(), dtype);
+        } else {
+            assert!(dtype != DType::F32 && dtype != adapter.dtype());
+        }
+    }
+    // A factor may overflow, and a row that no weight moves becomes two.
+    let first = adapter.labels()[0].name.as_str();
+    if let Ok(one) = merge(slice::from_ref(adapter), Some(&[first])) {
+        assert_eq!(one.labels()[..], adapter.labels()[..1]);
+    }
+}
+
+/// With every label at 1 there is nothing of the negatives, and constants are as the profile has them.
+fn assert_are_all(adapter: &Adapter, profile: &Tensor, coefficients: &Tensor) {
+    let is_linear = adapter.coefficient_kind() == CoefficientKind::Linear;
+    let pairs = profile.to_f32().into_iter().zip(coefficients.to_f32());
+    for ((p, a), row) in pairs.zip(adapter.row_sides().iter().cycle()) {
+        match row.side {
+            Side::Negative => assert_eq!(a, 0.0),
+            Side::Positive if !is_linear => {}
+            Side::Positive | Side::Constant => assert_eq!(a, p),
+        }
+    }
+}
+
+fn assert_finite(tensor: &Tensor) {
+    assert!(tensor.to_f32().iter().all(|x| x.is_finite()));
 }
 
 fn assert_comes_back(values: &Values) {
@@ -78,7 +184,7 @@ fn assert_comes_back(values: &Values) {
         let (found, expected) = (found.expect("its name"), expected.expect("its name"));
         assert_eq!(found, expected);
         assert_eq!(found.shape(), shape(layer.inner_dim));
-        assert!(found.to_f32().iter().all(|x| x.is_finite()));
+        assert_finite(found);
         let uncond = back.get_uncond(&layer.name).expect("its name");
         assert_eq!(uncond, values.get_uncond(&layer.name).expect("its name"));
         assert_eq!(uncond.is_some(), values.apply_to() == ApplyTo::Contrast);

@@ -32,13 +32,10 @@ pub struct Values {
 ///
 /// # Safety
 /// `repr(C)`, without padding, and all bytes are valid.
-pub unsafe trait Struct: Copy {
-    /// What has been appended since ABI 1.0, in bytes: older callers do not have it.
-    const APPENDED: usize;
-}
+pub unsafe trait Struct: Copy {}
 
 macro_rules! structs {
-    ($(pub struct $name:ident $(appended $appended:literal)? { $(pub $field:ident: $type:ty,)* })*) => {$(
+    ($(pub struct $name:ident { $(pub $field:ident: $type:ty,)* })*) => {$(
         #[repr(C)]
         #[derive(Clone, Copy, Debug)]
         pub struct $name {
@@ -46,9 +43,7 @@ macro_rules! structs {
         }
 
         // SAFETY: numbers and raw pointers, with all padding a field of its own.
-        unsafe impl Struct for $name {
-            const APPENDED: usize = 0 $(+ $appended)?;
-        }
+        unsafe impl Struct for $name {}
     )*};
 }
 
@@ -71,8 +66,6 @@ structs! {
         pub layer_count: usize,
         pub context_tokens: usize,
         pub context_dim: usize,
-        pub has_value_weights: u32,
-        pub padding: u32,
     }
 
     pub struct ValuesInfo {
@@ -94,6 +87,10 @@ structs! {
         pub negative: *const c_char,
         pub weight: f32,
         pub neutral: f32,
+        pub low: f32,
+        pub high: f32,
+        pub step: f32,
+        pub padding: u32,
     }
 
     pub struct Layer {
@@ -103,13 +100,12 @@ structs! {
         pub inner_dim: usize,
     }
 
-    pub struct ValuesParams appended 8 {
+    pub struct ValuesParams {
         pub struct_size: usize,
         pub weights: *const f32,
         pub weight_count: usize,
         pub apply_to: u32,
         pub dtype: u32,
-        pub base_path: Text,
     }
 
     pub struct MixParams {
@@ -178,7 +174,6 @@ functions! {
         out_count: usize) -> Status;
     vmix_adapter_values(
         adapter: *const Adapter, params: *const ValuesParams, out: *mut *mut Values) -> Status;
-    vmix_adapter_validate(adapter: *const Adapter) -> Status;
 
     vmix_values_open(path: Text, out: *mut *mut Values) -> Status;
     vmix_values_open_memory(data: *const c_void, size: usize, out: *mut *mut Values) -> Status;

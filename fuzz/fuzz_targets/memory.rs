@@ -61,7 +61,7 @@ impl Block {
             unsafe { std::slice::from_raw_parts((&raw const *value).cast::<u8>(), size_of::<T>()) };
         let mut bytes = bytes.to_vec();
         bytes[..size_of::<usize>()].copy_from_slice(&size.to_ne_bytes());
-        let sizes = size_of::<T>() - T::APPENDED..=MAX_STRUCT_SIZE;
+        let sizes = size_of::<T>()..=MAX_STRUCT_SIZE;
         if sizes.contains(&size) && size.is_multiple_of(align_of::<T>()) {
             bytes.resize(size, more);
         } else {

@@ -27,7 +27,24 @@ LABELS = ["vibrant color", "sharp focus"]
 # N labels, C context tokens, width d.
 N, C, D = len(LABELS), 2, 3
 
+# The layers of SD1.5, with their widths.
+SD15 = {
+    f"{block}.attentions.{attention}.transformer_blocks.0.attn2": width
+    for block, attentions, width in [
+        ("down_blocks.0", 2, 320),
+        ("down_blocks.1", 2, 640),
+        ("down_blocks.2", 2, 1280),
+        ("mid_block", 1, 1280),
+        ("up_blocks.1", 3, 1280),
+        ("up_blocks.2", 3, 640),
+        ("up_blocks.3", 3, 320),
+    ]
+    for attention in range(attentions)
+}
+
 NAN, INFINITY = float("nan"), float("inf")
+
+Row = dict[str, Any]
 
 
 def numbers(count: int) -> list[float]:
@@ -56,6 +73,12 @@ def tensor(*shape: int, dtype: str = "F32") -> Tensor:
     for size in shape:
         count *= size
     return Tensor(list(shape), numbers(count), dtype)
+
+
+def zeros(*shape: int, dtype: str = "F16") -> Tensor:
+    made = tensor(*shape, dtype=dtype)
+    made.values = [0.0] * len(made.values)
+    return made
 
 
 def filled(value: float, *shape: int, dtype: str = "F32") -> Tensor:
@@ -124,70 +147,99 @@ class Parts:
         return packed(header.replace(old, new, 1), self.data())
 
 
-def label(name: str, **more: Any) -> dict[str, Any]:
-    return {"name": name, "positive": name, "negative": "sks", **more}
+def label(name: str, /, **more: Any) -> dict[str, Any]:
+    return {"name": name, "positive": [name], "negative": ["sks"], **more}
+
+
+def row(side: str, name: str | None = None) -> Row:
+    return {"side": side} if name is None else {"side": side, "label": name}
 
 
 def shared(kind: str) -> Parts:
+    """The metadata that every file has, with every key of a label."""
     parts = Parts()
-    parts.set("vmix.format", "1").set("vmix.kind", kind).set("vmix.base", "other")
-    every_field = {"dimension": "focus", "default": 0.5, "neutral": 0.25}
-    names = {"display_names": {"de": "Schärfe"}}
-    parts.set("vmix.labels", [label(LABELS[0]), label(LABELS[1], **every_field, **names)])
-    parts.set("vmix.context_tokens", str(C))
-    parts.set("vmix.apply_to", "both").set("vmix.ldm_names", LDM).set("modelspec.license", "MIT")
-    return parts
+    parts.set("vmix.format", "2").set("vmix.kind", kind).set("vmix.base", "other")
+    second = label(LABELS[1], dimension="focus", default=0.5, neutral=0.25)
+    second |= {"range": [-1, 2], "step": 0.1, "effect": {"sharpness": 0.25}}
+    second |= {"negative": ["blurry", ""], "display_names": {"de": "Schärfe"}}
+    parts.set("vmix.labels", [label(LABELS[0]), second])
+    parts.set("vmix.context_tokens", str(C)).set("vmix.ldm_names", LDM)
+    return parts.set("modelspec.license", "MIT")
 
 
-def adapter() -> Parts:
-    """A valid adapter that was trained."""
-    parts = difference().remove("projection.gain")
-    parts.set("vmix.projection", "learned").set("vmix.norm_eps", "1e-5")
-    parts.put("projection.linear.weight", tensor(C, N))
-    parts.put("projection.norm.weight", tensor(D)).put("projection.norm.bias", tensor(D))
-    parts.put("projection.zero.weight", tensor(D, D)).put("projection.zero.bias", tensor(D))
-    return parts
+def trained_rows(names: list[str]) -> list[Row]:
+    rows = [row(side, name) for name in names for side in ("positive", "negative")]
+    return [*rows, row("constant")]
 
 
-def difference() -> Parts:
-    """A valid adapter that was not trained."""
-    parts = shared("adapter").set("vmix.context_dim", str(D)).set("vmix.feature", "context_eot")
-    parts.set("vmix.projection", "difference").set("vmix.value_weights", "own")
-    parts.set("vmix.trained", "no")
-    parts.put("aes_emb", tensor(N, 2, D)).put("projection.gain", tensor(N))
+ROWS = trained_rows(LABELS)
+# How many there are, and how many of them are not constant.
+R, K = len(ROWS), len(ROWS) - 1
+
+
+def rows_of(layer: str) -> str:
+    return f"{layer}.rows"
+
+
+def adapter(names: list[str] = LABELS) -> Parts:
+    """A valid adapter with the coefficients of one that was trained."""
+    return layernorm(trained_rows(names))
+
+
+def layernorm(rows: list[Row]) -> Parts:
+    parts = shared("adapter").set("vmix.apply_to", "both").set("vmix.coefficients", "layernorm")
+    parts.set("vmix.norm_eps", "1e-5").set("vmix.rows", rows)
+    parts.set("vmix.made", {"method": "trained", "steps": 500})
+    size, scaled = len(rows), sum(row["side"] != "constant" for row in rows)
+    parts.put("aes_emb", tensor(N, 2, D)).put("profile", tensor(C, size))
+    parts.put("gram", gram(scaled)).put("context.rows", tensor(size, D))
     for layer, width in WIDTHS.items():
-        parts.put(weight(layer), tensor(width, D))
+        parts.put(f"{layer}.rows", tensor(size, width))
     return parts
 
 
-def borrowing() -> Parts:
-    """A valid adapter without value weights of its own."""
-    parts = difference().set("vmix.value_weights", "base").set("vmix.inner_dims", WIDTHS)
-    for layer in WIDTHS:
-        parts.remove(weight(layer))
-    return parts
+def gram(size: int, dtype: str = "F32") -> Tensor:
+    values = [1.0 if j == k else 0.25 for j in range(size) for k in range(size)]
+    return Tensor([size, size], values, dtype)
 
 
-def base() -> Parts:
-    """The cross-attention values of a U-Net that `borrowing` fits."""
-    parts = Parts()
+def linear(dtype: str = "F32") -> Parts:
+    """A valid adapter whose values are in proportion to the weights."""
+    parts = bare(dtype).put("aes_emb", tensor(N, 2, D))
+    return parts.put("attention", Tensor([C, C], [0.5, 0.25, 0.125, 0.125]))
+
+
+# Two rows for one side of a label, and none for one side of the other.
+LINEAR_ROWS = [row(side, LABELS[0]) for side in ("positive", "positive", "negative")]
+LINEAR_ROWS += [row("positive", LABELS[1])]
+
+
+def bare(dtype: str = "F32") -> Parts:
+    """The same with what it must have alone."""
+    parts = shared("adapter").set("vmix.apply_to", "cond").set("vmix.coefficients", "linear")
+    parts.set("vmix.labels", [label(name, neutral=0, default=0) for name in LABELS])
+    parts.set("vmix.rows", LINEAR_ROWS).set("vmix.made", {"method": "fitted"})
+    parts.put("profile", tensor(C, len(LINEAR_ROWS)))
     for layer, width in WIDTHS.items():
-        parts.put(f"{layer}.to_v.weight", tensor(width, D))
+        parts.put(f"{layer}.rows", tensor(len(LINEAR_ROWS), width, dtype=dtype))
     return parts
 
 
 def sd15() -> Parts:
-    """A valid adapter of a known base, without value weights of its own."""
-    parts = difference().set("vmix.base", "sd15").unset("vmix.ldm_names")
-    parts.set("vmix.context_tokens", "77").set("vmix.context_dim", "768")
-    parts.set("vmix.value_weights", "base")
-    parts.tensors = {"aes_emb": tensor(N, 2, 768, dtype="F16"), "projection.gain": tensor(N)}
+    """A valid adapter of a known base: one row of zeros."""
+    parts = bare().set("vmix.base", "sd15").unset("vmix.ldm_names")
+    parts.set("vmix.context_tokens", "77").set("vmix.rows", [row("positive", "a")])
+    parts.set("vmix.labels", [label("a", neutral=0)])
+    parts.tensors = {"profile": zeros(77, 1, dtype="F32")}
+    for layer, width in SD15.items():
+        parts.put(f"{layer}.rows", zeros(1, width))
     return parts
 
 
 def preset(dtype: str = "F32") -> Parts:
     """A valid preset."""
-    parts = shared("preset").set("vmix.origin", "0123456789abcdef" * 4)
+    parts = shared("preset").set("vmix.apply_to", "both")
+    parts.set("vmix.origin", "0123456789abcdef" * 4).set("vmix.made", {"method": "trained"})
     parts.set("vmix.selection", dict.fromkeys(LABELS, 1.0))
     for layer, width in WIDTHS.items():
         parts.put(f"{layer}.v_aes", tensor(C, width, dtype=dtype))
@@ -202,8 +254,37 @@ def contrast() -> Parts:
     return parts
 
 
-def weight(layer: str) -> str:
-    return f"{layer}.to_v_aes.weight"
+def init() -> Parts:
+    """A valid init file."""
+    return shared("init").put("aes_emb", tensor(N, 2, D))
+
+
+def sd15_init() -> Parts:
+    """A valid init file of a known base."""
+    parts = shared("init").set("vmix.base", "sd15").unset("vmix.ldm_names")
+    parts.set("vmix.context_tokens", "77")
+    return parts.put("aes_emb", zeros(N, 2, 768))
+
+
+def matrices() -> Parts:
+    """The paper's matrices, of which the trainer makes an adapter."""
+    parts = shared("adapter").set("vmix.apply_to", "both").set("vmix.norm_eps", "1e-5")
+    parts.set("vmix.made", {"method": "trained"})
+    parts.put("aes_emb", tensor(N, 2, D)).put("projection.linear.weight", tensor(C, N))
+    parts.put("projection.norm.weight", tensor(D)).put("projection.norm.bias", tensor(D))
+    parts.put("projection.zero.weight", tensor(D, D)).put("projection.zero.bias", tensor(D))
+    for layer, width in WIDTHS.items():
+        parts.put(f"{layer}.to_v_aes.weight", tensor(width, D))
+    return parts
+
+
+def version_1() -> Parts:
+    """An adapter as version 1 had it."""
+    parts = matrices().set("vmix.format", "1").unset("vmix.made").set("vmix.trained", "no")
+    old = {"positive": "a", "negative": "sks"}
+    parts.set("vmix.labels", [{"name": name} | old for name in LABELS])
+    parts.set("vmix.context_dim", str(D)).set("vmix.feature", "context_eot")
+    return parts.set("vmix.projection", "learned").set("vmix.value_weights", "own")
 
 
 # What opens is written as this.
@@ -277,7 +358,7 @@ def headers() -> Iterator[Case]:
     yield bad("json-not-utf8", packed(b"\xff" * 4), "invalid UTF-8 in header")
     yield bad("json-utf16", packed("{}".encode("utf-16")), "invalid UTF-8 in header")
     # Nothing but what is not VMix: valid safetensors files.
-    no_key = "metadata `vmix.format`: expected `1`, as in every VMix file, found no such key"
+    no_key = "metadata `vmix.format`: expected `2`, as in every VMix file, found no such key"
     yield "json-empty-object", "adapter", packed("{}"), no_key
     yield (
         "metadata-missing",
@@ -293,10 +374,10 @@ def headers() -> Iterator[Case]:
         ("null", None, no_key),
         ("empty", {}, no_key),
         ("string", "vmix", wrong),
-        ("list", ["vmix.format", "1"], wrong),
-        ("number-value", {"vmix.format": 1}, wrong),
+        ("list", ["vmix.format", "2"], wrong),
+        ("number-value", {"vmix.format": 2}, wrong),
         ("null-value", {"vmix.format": None}, wrong),
-        ("object-value", {"vmix.format": {"vmix.format": "1"}}, wrong),
+        ("object-value", {"vmix.format": {"vmix.format": "2"}}, wrong),
     ]:
         header = adapter().header() | {"__metadata__": value}
         content = packed(json.dumps(header), adapter().data())
@@ -324,15 +405,15 @@ def entries() -> Iterator[Case]:
 
     size = len(adapter().data())
     end = N * 2 * D * 4
-    # aes_emb is the first tensor, projection.zero.bias the last.
-    first, last = "aes_emb", "projection.zero.bias"
+    # The profile is as large as the last tensor.
+    first, last, length = "aes_emb", rows_of(UP), R * 2 * 4
     for name, tensor_name, offsets, expected in [
         ("overlap", first, [0, end + 4], "invalid shape, data type, or offset"),
-        ("shared", "projection.norm.bias", [size - 12, size], "invalid offset for tensor"),
+        ("shared", "profile", [size - length, size], "invalid offset for tensor"),
         ("gap", first, [4, end + 4], "invalid offset for tensor `aes_emb`"),
-        ("beyond-file", last, [size - 12, size + 12], "invalid shape, data type, or offset"),
+        ("beyond-file", last, [size - length, size + length], "invalid shape, data type, or"),
         ("reversed", first, [end, 0], "invalid offset for tensor"),
-        ("reversed-last", last, [size - 12, size - 24], "invalid offset for tensor"),
+        ("reversed-last", last, [size - length, size - 2 * length], "invalid offset for tensor"),
         ("empty", first, [0, 0], "invalid shape, data type, or offset"),
         ("2-64", first, [0, 2**64], "invalid JSON in header: invalid type: floating point"),
         ("2-64-minus-1", first, [0, 2**64 - 1], "invalid shape, data type, or offset"),
@@ -378,9 +459,9 @@ def entries() -> Iterator[Case]:
         content = adapter().entry(first, dtype=dtype, shape=shape)
         expected = f"tensor `aes_emb`: expected F32, F16 or BF16, found {dtype}"
         yield f"dtype-{dtype.lower().replace('_', '-')}", "adapter", content, expected
-    i16 = adapter().entry(weight(UP), dtype="I16", shape=[2, 2 * D])
-    expected = f"tensor `{weight(UP)}`: expected F32, F16 or BF16, found I16"
-    yield "dtype-i16-value-weight", "adapter", i16, expected
+    i16 = adapter().entry(rows_of(UP), dtype="I16", shape=[R, 4])
+    expected = f"tensor `{rows_of(UP)}`: expected F32, F16 or BF16, found I16"
+    yield "dtype-i16-rows", "adapter", i16, expected
     entry = '"aes_emb": {"dtype": "F32", "shape": [2, 2, 3], "data_offsets": [0, 48]}'
     twice = adapter().text(entry, f"{entry}, {entry}")
     yield bad("tensor-twice", twice, "invalid JSON in header: `aes_emb` comes twice")
@@ -389,72 +470,174 @@ def entries() -> Iterator[Case]:
     yield bad("tensor-twice-otherwise", twice, "invalid shape, data type, or offset")
     twice = adapter().text('"shape": [2, 2, 3]', '"shape": [2, 2, 3], "shape": [1]')
     yield bad("tensor-field-twice", twice, "invalid JSON in header: duplicate field `shape`")
+    deep = '"shape": [2, 2, 3], "later": {"of": {"a": 1, "a": 2}}'
+    twice = adapter().text('"shape": [2, 2, 3]', deep)
+    yield bad("tensor-field-twice-deep", twice, "invalid JSON in header: `a` comes twice")
     missing = adapter().text('"dtype": "F32", ', "")
     yield bad("tensor-without-dtype", missing, "invalid JSON in header: missing field `dtype`")
     more = adapter().entry(first, quantization="none")
     yield "tensor-field-unknown", "adapter", more, OPENS
 
 
+def valid() -> Iterator[Case]:
+    """Files that hold nothing but what they may."""
+    constant_first = [row("constant"), *ROWS[:3], row("constant"), ROWS[3]]
+    attention = linear().tensors["attention"]
+    # As a mean in f32 may be.
+    rounded = Tensor([C, C], [0.5, 0.25, 0.125, 0.125 + 2**-22])
+    mixed = adapter().put("aes_emb", tensor(N, 2, D, dtype="BF16"))
+    mixed.put("context.rows", tensor(R, D, dtype="F16"))
+    for name, parts in [
+        ("layernorm", adapter()),
+        ("layernorm-constant-first", layernorm(constant_first)),
+        ("layernorm-no-constant", layernorm(ROWS[:4])),
+        ("layernorm-one-row-each", layernorm(ROWS[1:3])),
+        ("layernorm-attention", adapter().put("attention", attention)),
+        ("layernorm-dtypes", mixed),
+        ("linear", linear()),
+        ("linear-f16", linear("F16")),
+        ("linear-bf16", linear("BF16")),
+        ("linear-bare", bare()),
+        ("linear-attention-rounded", linear().put("attention", rounded)),
+        ("sd15", sd15()),
+    ]:
+        yield f"valid-{name}", "adapter", parts.file(), OPENS
+    for name, parts in [
+        ("f32", preset()),
+        ("f16", preset("F16")),
+        ("contrast", contrast()),
+    ]:
+        yield f"valid-preset-{name}", "preset", parts.file(), OPENS
+    yield "valid-init", "init", init().file(), OPENS
+    yield "valid-init-sd15", "init", sd15_init().file(), OPENS
+
+
 def tensors() -> Iterator[Case]:
     """Tensors that are not those of an adapter."""
-    shape = "tensor `aes_emb`: expected shape"
+
+    def bad(name: str, tensor_name: str, made: Tensor, expected: str) -> Case:
+        content = adapter().put(tensor_name, made).file()
+        return name, "adapter", content, f"tensor `{tensor_name}`: expected {expected}"
+
     for name, made, expected in [
-        ("rank", tensor(N * 2 * D), f"{shape} [2, 2, d], found shape [12]"),
-        ("labels", tensor(N + 1, 2, D), f"{shape} [2, 2, 3], found shape [3, 2, 3]"),
-        ("one", tensor(N, 1, D), f"{shape} [2, 2, 3], found shape [2, 1, 3]"),
-        ("width-0", tensor(N, 2, 0), "tensor `aes_emb`: expected a width above 0, found 0"),
-        ("nan", filled(NAN, N, 2, D), "tensor `aes_emb`: expected finite values, found NaN"),
-        (
-            "infinite-f16",
-            filled(-INFINITY, N, 2, D, dtype="F16"),
-            "tensor `aes_emb`: expected finite values, found -inf",
-        ),
-        (
-            "nan-bf16",
-            filled(NAN, N, 2, D, dtype="BF16"),
-            "tensor `aes_emb`: expected finite values, found NaN",
-        ),
+        ("rank", tensor(N * 2 * D), "shape [2, 2, d], found shape [12]"),
+        ("labels", tensor(N + 1, 2, D), "shape [2, 2, 3], found shape [3, 2, 3]"),
+        ("one", tensor(N, 1, D), "shape [2, 2, 3], found shape [2, 1, 3]"),
+        ("width-0", tensor(N, 2, 0), "shape [2, 2, d], found shape [2, 2, 0]"),
     ]:
-        yield f"aes-emb-{name}", "adapter", adapter().put("aes_emb", made).file(), expected
+        yield bad(f"aes-emb-{name}", "aes_emb", made, expected)
     # A product of 0 elements, whatever the other sizes are.
     no_labels = adapter().put("aes_emb", Tensor([0, 2**63, 2**63], [])).file()
-    expected = f"{shape} [2, 2, {2**63}], found shape [0, {2**63}, {2**63}]"
+    expected = "metadata `vmix.context_tokens`: expected at most 268435456 numbers in the values"
     yield "aes-emb-0-labels-of-2-63", "adapter", no_labels, expected
+    for name, made, expected in [
+        ("turned", tensor(R, C), "shape [2, 5], found shape [5, 2]"),
+        ("rank", tensor(C * R), "shape [2, 5], found shape [10]"),
+        ("tokens", tensor(C + 1, R), "shape [2, 5], found shape [3, 5]"),
+        ("rows", tensor(C, K), "shape [2, 5], found shape [2, 4]"),
+        ("f16", tensor(C, R, dtype="F16"), "F32, found F16"),
+        ("bf16", tensor(C, R, dtype="BF16"), "F32, found BF16"),
+    ]:
+        yield bad(f"profile-{name}", "profile", made, expected)
+    for name, made, expected in [
+        ("of-all-rows", gram(R), "shape [4, 4], found shape [5, 5]"),
+        ("too-small", gram(K - 1), "shape [4, 4], found shape [3, 3]"),
+        ("rank", tensor(K * K), "shape [4, 4], found shape [16]"),
+        ("turned", tensor(2, K * 2), "shape [4, 4], found shape [2, 8]"),
+        ("f16", gram(K, dtype="F16"), "F32, found F16"),
+        ("bf16", gram(K, dtype="BF16"), "F32, found BF16"),
+        ("not-symmetric", gram_with(1, 0, 0.5), "a symmetric matrix, found 0.5 and"),
+        ("not-symmetric-last", gram_with(2, 3, 0.5), "a symmetric matrix"),
+        ("not-symmetric-by-a-bit", gram_with(0, 3, 0.25 + 2**-25), "a symmetric matrix"),
+        ("negative", gram_with(0, 0, -1.0), "a diagonal that is not negative, found -1"),
+        ("negative-last", gram_with(3, 3, -(2.0**-149)), "a diagonal that is not negative"),
+    ]:
+        yield bad(f"gram-{name}", "gram", made, expected)
+    for name, made, expected in [
+        ("rank", tensor(R * D), "shape [5, 3], found shape [15]"),
+        ("rows", tensor(K, D), "shape [5, 3], found shape [4, 3]"),
+        ("width", tensor(R, D + 1), "shape [5, 3], found shape [5, 4]"),
+        ("turned", tensor(D, R), "shape [5, 3], found shape [3, 5]"),
+    ]:
+        yield bad(f"context-rows-{name}", "context.rows", made, expected)
+    for name, made, expected in [
+        ("rank", tensor(R * 2), "shape [5, inner_dim], found shape [10]"),
+        ("rank-3", tensor(R, 1, 2), "shape [5, inner_dim], found shape [5, 1, 2]"),
+        ("count", tensor(R - 1, 2), "shape [5, 2], found shape [4, 2]"),
+        ("turned", tensor(2, R), "shape [5, 5], found shape [2, 5]"),
+        ("width-0", tensor(R, 0), "shape [5, inner_dim], found shape [5, 0]"),
+        ("f16", tensor(R, 2, dtype="F16"), "float32, as the other tensors, found float16"),
+        ("bf16", tensor(R, 2, dtype="BF16"), "float32, as the other tensors, found bfloat16"),
+    ]:
+        yield bad(f"rows-tensor-{name}", rows_of(UP), made, expected)
+    for name, made, expected in [
+        ("turned", tensor(C, R), "shape [2, 2], found shape [2, 5]"),
+        ("rank", Tensor([C * C], [0.25] * C * C), "shape [2, 2], found shape [4]"),
+        ("f16", Tensor([C, C], [0.25] * C * C, "F16"), "F32, found F16"),
+        ("negative", Tensor([C, C], [0.75, 0.5, -0.5, 0.25]), "entries that are not negative"),
+        ("sum-2", Tensor([C, C], [0.5] * C * C), "entries that add up to 1"),
+        ("sum-0", zeros(C, C, dtype="F32"), "entries that add up to 1"),
+        ("sum-1.01", Tensor([C, C], [0.26, 0.25, 0.25, 0.25]), "entries that add up to 1"),
+        ("of-each-row-1", Tensor([C, C], [1.0, 0.0, 0.0, 1.0]), "entries that add up to 1"),
+        ("huge", Tensor([C, C], [3e38] * C * C), "entries that add up to 1"),
+        ("nan", Tensor([C, C], [1.0, 0.0, 0.0, NAN]), "finite values, found NaN"),
+        ("infinite", Tensor([C, C], [1.0, 0.0, 0.0, INFINITY]), "finite values, found inf"),
+    ]:
+        yield bad(f"attention-{name}", "attention", made, expected)
+
     for name in adapter().tensors:
-        found = "found no such tensor"
-        if name == weight(UP) or name == weight(DOWN):
-            layer = name.removesuffix(".to_v_aes.weight")
-            expected = (
-                f"metadata `vmix.ldm_names`: expected the layers of this file, found `{layer}"
-            )
-        elif name == "aes_emb":
-            expected = "tensor `aes_emb`: expected a tensor of that name, found none"
-        else:
-            shape = str(adapter().tensors[name].shape)
-            expected = f"tensor `{name}`: expected shape {shape}, {found}"
-        short = name.split(".attentions")[0].replace(".", "-").replace("_", "-")
-        yield f"missing-{short}", "adapter", adapter().remove(name).file(), expected
-    for name in adapter().tensors:
-        if not name.startswith("projection"):
-            continue
-        wrong = adapter().put(name, filled(INFINITY, *adapter().tensors[name].shape))
-        expected = f"tensor `{name}`: expected finite values, found inf"
-        yield f"infinite-{name.replace('.', '-')}", "adapter", wrong.file(), expected
-    gain = difference().put("projection.gain", filled(NAN, N)).file()
-    expected = "tensor `projection.gain`: expected finite values, found NaN"
-    yield "nan-projection-gain", "adapter", gain, expected
-    turned = adapter().put("projection.linear.weight", tensor(1, 4)).file()
-    expected = "tensor `projection.linear.weight`: expected shape [2, 2], found shape [1, 4]"
-    yield "shape-projection-linear", "adapter", turned, expected
-    bias = adapter().put("projection.linear.bias", tensor(C + 1)).file()
-    expected = "tensor `projection.linear.bias`: expected shape [2], found shape [3]"
-    yield "shape-projection-linear-bias", "adapter", bias, expected
+        shape = adapter().tensors[name].shape
+        for what, value, dtype in [
+            ("nan", NAN, "F32"),
+            ("infinite", INFINITY, "F32"),
+            ("nan-bf16", NAN, "BF16"),
+            ("infinite-f16", -INFINITY, "F16"),
+        ]:
+            if name in ("profile", "gram") and dtype != "F32":
+                continue
+            made = filled(value, *shape, dtype=dtype)
+            if name == "gram":
+                made.values = [*gram(K).values[:-1], value]
+            parts = adapter()
+            for layer, width in WIDTHS.items():
+                parts.put(rows_of(layer), tensor(R, width, dtype=dtype))
+            parts.put(name, made)
+            found = "NaN" if value != value else str(value)
+            if name.startswith(("up", "down")):
+                found = "NaN or infinity"
+            expected = f"tensor `{name}`: expected finite values, found {found}"
+            yield f"{short(name)}-{what}", "adapter", parts.file(), expected
+        expected = f"shape {shape}, found no such tensor"
+        if name == "aes_emb":
+            expected = "shape [2, 2,"
+        elif name.startswith(("up", "down")):
+            expected = "a tensor of that name, found none"
+        content = adapter().remove(name).file()
+        yield f"missing-{short(name)}", "adapter", content, f"tensor `{name}`: expected {expected}"
+
+    features = bare().put("aes_emb", filled(NAN, N, 2, D))
+    expected = "tensor `aes_emb`: expected finite values, found NaN"
+    yield "linear-aes-emb-nan", "adapter", features.file(), expected
+    features = bare().put("aes_emb", tensor(N + 1, 2, D))
+    expected = "tensor `aes_emb`: expected shape [2, 2, 3], found shape [3, 2, 3]"
+    yield "linear-aes-emb-labels", "adapter", features.file(), expected
+
+    known = next(iter(SD15))
     for name, parts, extra in [
-        ("gain", adapter(), "projection.gain"),
-        ("linear", difference(), "projection.linear.weight"),
+        ("gram", linear(), "gram"),
+        ("context-rows", linear(), "context.rows"),
         ("values", adapter(), f"{DOWN}.v_aes"),
-        ("weight", borrowing(), weight(DOWN)),
-        ("layer", sd15(), weight("down_blocks.9.attentions.0.transformer_blocks.0.attn2")),
+        ("matrix", adapter(), f"{DOWN}.to_v_aes.weight"),
+        ("projection", adapter(), "projection.linear.weight"),
+        ("gain", adapter(), "projection.gain"),
+        ("layer", adapter(), "mid.rows"),
+        ("layer-sd15", sd15(), rows_of(known.replace("down_blocks.0", "down_blocks.9"))),
+        ("layer-by-ldm-name", adapter(), rows_of(LDM[UP])),
+        ("layer-sd15-by-ldm-name", sd15(), rows_of("input_blocks.1.1.transformer_blocks.0.attn2")),
+        ("layer-without-name", adapter(), ".rows"),
+        ("rows", adapter(), "rows"),
+        ("profile-rows", adapter(), "profile.rows"),
+        ("capital", linear(), "Attention"),
         ("empty-name", adapter(), ""),
         ("nul-name", adapter(), "aes_emb\0"),
     ]:
@@ -463,141 +646,141 @@ def tensors() -> Iterator[Case]:
         yield f"extra-{name}", "adapter", content, expected.split("\0")[0]
     none = adapter()
     none.tensors = {}
-    expected = "tensor `aes_emb`: expected a tensor of that name, found none"
+    expected = f"tensor `{rows_of(DOWN)}`: expected a tensor of that name, found none"
     yield "zero-tensors", "adapter", none.file(), expected
-    # Not read before they are used.
-    for name, made in [
-        ("nan", filled(NAN, 2, D)),
-        ("infinite", filled(INFINITY, 2, D)),
-        ("nan-f16", filled(NAN, 2, D, dtype="F16")),
-        ("infinite-bf16", filled(-INFINITY, 2, D, dtype="BF16")),
-    ]:
-        content = adapter().put(weight(UP), made).file()
-        expected = f"tensor `{weight(UP)}`: expected finite values, found NaN or infinity"
-        yield f"value-weight-{name}", "values", content, expected
-    # Every product overflows, so that the order in which they are added does not matter.
-    huge = adapter().put(weight(UP), Tensor([2, D], [3e38] * 2 * D))
-    huge.put("projection.zero.bias", Tensor([D], [9.0] * D))
-    expected = f"tensor `{weight(UP)}`: expected finite values, found values that overflow float32"
-    yield "value-weight-overflows", "values", huge.file(), expected
+
+    # Finite numbers whose products are not: they open, and give no values.
+    huge = adapter().put(rows_of(UP), Tensor([R, 2], [3e38] * R * 2))
+    huge.put("profile", Tensor([C, R], [2.0] * C * R)).put("gram", zeros(K, K, dtype="F32"))
+    overflow = "expected values that float32 can hold, found more: label `"
+    yield "values-overflow", "values", huge.file(), f"layer `{UP}`: {overflow}"
+    huge = linear().put(rows_of(DOWN), Tensor([4, 4], [-3e38] * 16))
+    huge.put("profile", Tensor([C, 4], [3.0] * C * 4))
+    yield "linear-values-overflow", "values", huge.file(), f"layer `{DOWN}`: {overflow}"
+    huge = adapter().put("profile", Tensor([C, R], [3e38] * C * R))
+    huge.put("gram", zeros(K, K, dtype="F32"))
+    expected = "weights: expected coefficients that float32 can hold, found more: label `"
+    yield "coefficients-overflow", "values", huge.file(), expected
+    # A quadratic form below 0 counts as 0.
+    form = [1.0 if j == k else -9.0 for j in range(K) for k in range(K)]
+    indefinite = adapter().put("gram", Tensor([K, K], form))
+    indefinite.put("profile", Tensor([C, R], [1.0] * C * R))
+    yield "gram-indefinite", "values", indefinite.file(), OPENS
+
+
+def gram_with(j: int, k: int, value: float) -> Tensor:
+    made = gram(K)
+    made.values[j * K + k] = value
+    return made
+
+
+def short(name: str) -> str:
+    """A tensor's name as a part of a file's."""
+    return name.replace(".attentions.0.transformer_blocks.0.attn2", "").translate(
+        str.maketrans("._", "--")
+    )
 
 
 def layers() -> Iterator[Case]:
     """Layers that are missing, superfluous or the same."""
     key = "metadata `vmix.ldm_names`: expected"
     own = f"{key} a name of its own per layer, found"
+    an_object = f"{key} a JSON object of the LDM name of every layer, by diffusers name, found"
+    no_such = f"tensor `{rows_of(UP)}`: expected no such tensor, found one"
     for name, ldm_names, expected in [
-        ("empty", {}, f"{key} the LDM name of `{DOWN}`, found none"),
-        ("missing", {DOWN: "a"}, f"{key} the LDM name of `{UP}`, found none"),
-        ("extra", LDM | {"mid": "b"}, f"{key} the layers of this file, found `mid`"),
+        ("empty", {}, f"{key} at least one layer, found none"),
+        ("missing", {DOWN: "a"}, no_such),
+        ("extra", LDM | {"mid": "b"}, "tensor `mid.rows`: expected a tensor of that name"),
+        ("other-path", {DOWN: "a", UP + "2": "b"}, f"tensor `{UP}2.rows`: expected a tensor of"),
+        ("turned", {ldm: name for name, ldm in LDM.items()}, f"tensor `{rows_of(LDM[DOWN])}`: "),
         ("same", {DOWN: "a", UP: "a"}, f"{own} `a` for two layers"),
         ("crossed", {DOWN: UP, UP: DOWN}, f"{own} `"),
         ("nul", LDM | {UP: "a\0b"}, f'{own} "a\\0b", with a NUL character'),
-        ("number", LDM | {UP: 1}, f"{key} a JSON object of the LDM name of every layer"),
-        ("null", LDM | {UP: None}, f"{key} a JSON object of the LDM name of every layer"),
-        ("list", [DOWN, UP], f"{key} a JSON object of the LDM name of every layer"),
-        ("string", "input_blocks", f"{key} a JSON object of the LDM name of every layer"),
-        ("deep", '{"a":' * 500, f"{key} a JSON object of the LDM name of every layer"),
+        ("without-name", LDM | {UP: ""}, f"{own} a layer without a name"),
+        ("number", LDM | {UP: 1}, f"{an_object} invalid type: integer `1`"),
+        ("null", LDM | {UP: None}, f"{an_object} invalid type: null"),
+        ("list", [DOWN, UP], f"{an_object} invalid type: sequence"),
+        ("string", "input_blocks", f"{an_object} expected value"),
+        ("deep", '{"a":' * 500, f"{an_object} recursion limit exceeded"),
+        ("key-twice", f'{{"{DOWN}": "a", "{DOWN}": "b", "{UP}": "c"}}', f"{an_object} `{DOWN}`"),
     ]:
         parts = adapter().set("vmix.ldm_names", ldm_names)
         yield f"ldm-names-{name}", "adapter", parts.file(), expected
-    twice = f'{{"{DOWN}": "a", "{DOWN}": "b", "{UP}": "c"}}'
-    expected = (
-        f"{key} a JSON object of the LDM name of every layer, by diffusers name, found `{DOWN}`"
-    )
-    parts = adapter().set("vmix.ldm_names", twice)
-    yield "ldm-names-key-twice", "adapter", parts.file(), f"{expected} comes twice"
-    by_ldm_name = adapter().put(weight(LDM[UP]), tensor(2, D)).file()
-    expected = f"{key} the LDM name of `{LDM[UP]}`, found none"
-    yield "layer-twice-by-ldm-name", "adapter", by_ldm_name, expected
+    # `context.rows` would be the rows of that layer.
+    context = "metadata `vmix.ldm_names`: expected the path of a layer, found `context`"
+    for kind, parts in [("adapter", adapter()), ("linear", bare()), ("init", init())]:
+        parts.set("vmix.ldm_names", LDM | {"context": "a"})
+        if kind == "linear":
+            parts.put("context.rows", tensor(len(LINEAR_ROWS), D))
+        opened = "init" if kind == "init" else "adapter"
+        yield f"layer-context-{kind}", opened, parts.file(), context
     names = LDM | {LDM[UP]: "c"}
-    by_ldm_name = adapter().put(weight(LDM[UP]), tensor(2, D)).set("vmix.ldm_names", names).file()
+    by_ldm_name = adapter().put(rows_of(LDM[UP]), tensor(R, 2)).set("vmix.ldm_names", names)
     expected = f"{own} `{LDM[UP]}` for two layers"
-    yield "layer-twice-with-ldm-name", "adapter", by_ldm_name, expected
-    for name, made, expected in [
-        ("rank", tensor(2 * D), "found shape [6]"),
-        ("width", tensor(2, D + 1), "found shape [2, 4]"),
-    ]:
-        content = adapter().put(weight(UP), made).file()
-        size = made.shape[0]
-        expected = f"tensor `{weight(UP)}`: expected shape [{size}, 3], {expected}"
-        yield f"value-weight-{name}", "adapter", content, expected
-    empty = adapter().put(weight(UP), tensor(0, D)).file()
-    expected = f"tensor `{UP}`: expected values of a width above 0, found 0"
-    yield "value-weight-width-0", "adapter", empty, expected
-    none = adapter().remove(weight(UP)).remove(weight(DOWN)).set("vmix.ldm_names", {}).file()
-    yield "layers-none", "adapter", none, f"{key} at least one layer, found none"
-    nameless = adapter().remove(weight(UP)).put(weight(""), tensor(2, D))
-    nameless.set("vmix.ldm_names", {DOWN: "a", "": ""})
-    expected = f"{key} a name of its own per layer, found a layer without a name"
+    yield "layer-twice-with-ldm-name", "adapter", by_ldm_name.file(), expected
+    nul = adapter().put(rows_of("a\0b"), tensor(R, 2)).set("vmix.ldm_names", LDM | {"a\0b": "c"})
+    yield "layer-nul", "adapter", nul.file(), f'{own} "a\\0b", with a NUL character'
+    nameless = adapter().remove(rows_of(UP)).put(rows_of(""), tensor(R, 2))
+    nameless.set("vmix.ldm_names", {DOWN: "a", "": "b"})
+    expected = f"{own} a layer without a name"
     yield "layer-without-name", "adapter", nameless.file(), expected
-    key = "metadata `vmix.inner_dims`: expected a JSON object of the value width of every layer"
-    large = "metadata `vmix.context_tokens`: expected at most 268435456 numbers in the values"
-    for name, dims, expected in [
-        (
-            "missing",
-            {DOWN: 4},
-            f"metadata `vmix.ldm_names`: expected the layers of this file, found `{UP}`",
-        ),
-        ("extra", WIDTHS | {"mid": 4}, "metadata `vmix.ldm_names`: expected the LDM name of `mid`"),
-        ("0", WIDTHS | {UP: 0}, f"tensor `{UP}`: expected values of a width above 0, found 0"),
-        ("negative", WIDTHS | {UP: -1}, key),
-        ("float", WIDTHS | {UP: 2.5}, key),
-        ("string", WIDTHS | {UP: "2"}, key),
-        ("2-64", WIDTHS | {UP: 2**64}, key),
-        ("list", [4, 2], key),
-        ("2-63", dict.fromkeys(WIDTHS, 2**63), large),
-        ("2-64-minus-1", dict.fromkeys(WIDTHS, 2**64 - 1), large),
-        ("huge", WIDTHS | {UP: 2**27}, large),
+
+    # One row of 4096 tokens: the profile and 65535 numbers of the layers are 2^28 together.
+    for name, width, expected in [
+        ("most", 2**16 - 1 - 4, OPENS),
+        ("too-many", 2**16 - 4, "metadata `vmix.context_tokens`: expected at most 268435456"),
     ]:
-        parts = borrowing().set("vmix.inner_dims", dims)
-        yield f"inner-dims-{name}", "adapter", parts.file(), expected
-    # 4096 tokens of 2^16 numbers are the most: 3 of them are f_a.
-    for name, width, expected in [("most", 2**16 - 3 - 4, OPENS), ("too-many", 2**16 - 6, large)]:
-        parts = borrowing().set("vmix.inner_dims", WIDTHS | {UP: width})
-        yield (
-            f"results-{name}",
-            "adapter",
-            parts.set("vmix.context_tokens", "4096").file(),
-            expected,
-        )
-    known = sd15().set("vmix.value_weights", "own").file()
-    first = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v_aes.weight"
-    expected = f"tensor `{first}`: expected shape [320, 768], found no such tensor"
-    yield "sd15-without-layers", "adapter", known, expected
-    known = sd15().set("vmix.context_tokens", "76").file()
+        parts = bare("F16").set("vmix.context_tokens", "4096")
+        parts.set("vmix.labels", [label("a", neutral=0)]).set("vmix.rows", [row("positive", "a")])
+        parts.put("profile", zeros(4096, 1, dtype="F32"))
+        parts.put(rows_of(DOWN), zeros(1, 4)).put(rows_of(UP), zeros(1, width))
+        yield f"results-{name}", "adapter", parts.file(), expected
+
+    first, *_, last = SD15
+    wrong = f"tensor `{rows_of(last)}`: expected shape [1, 320], found"
+    without = sd15().remove(rows_of(last)).file()
+    yield "sd15-without-layer", "adapter", without, f"{wrong} no such tensor"
+    wide = sd15().put(rows_of(last), zeros(1, 640)).file()
+    yield "sd15-width", "adapter", wide, f"{wrong} shape [1, 640]"
+    ldm_name = "input_blocks.1.1.transformer_blocks.0.attn2"
+    renamed = sd15().remove(rows_of(first)).put(rows_of(ldm_name), zeros(1, 320)).file()
+    expected = f"tensor `{rows_of(first)}`: expected shape [1, 320], found no such tensor"
+    yield "sd15-layer-by-ldm-name", "adapter", renamed, expected
+    tokens = sd15().set("vmix.context_tokens", "76").file()
     expected = "metadata `vmix.context_tokens`: expected `77`, as in every sd15 U-Net, found `76`"
-    yield "sd15-context-tokens", "adapter", known, expected
-    known = sd15().set("vmix.base", "sdxl").file()
-    expected = "metadata `vmix.context_dim`: expected `2048`, as in every sdxl U-Net, found `768`"
-    yield "sdxl-context-dim", "adapter", known, expected
+    yield "sd15-context-tokens", "adapter", tokens, expected
+    features = sd15().put("aes_emb", zeros(1, 2, 767)).file()
+    yield (
+        "sd15-context-dim",
+        "adapter",
+        features,
+        "tensor `aes_emb`: expected width 768, as in every sd15",
+    )
+    other = sd15().set("vmix.base", "sdxl").file()
+    missing = "down_blocks.1.attentions.0.transformer_blocks.1.attn2"
+    expected = f"tensor `{rows_of(missing)}`: expected shape [1, 640], found no such tensor"
+    yield "sdxl-layers", "adapter", other, expected
 
 
 def metadata() -> Iterator[Case]:
     """Keys of wrong values."""
     names = {
-        "format": "`1`, as in every VMix file",
-        "kind": "one of adapter, preset",
+        "format": "`2`, as in every VMix file",
+        "kind": "one of adapter, preset, init",
         "base": "one of sd15, sdxl, other",
         "apply_to": "one of cond, both, contrast",
-        "feature": "`context_eot`",
-        "projection": "one of learned, difference",
-        "value_weights": "one of own, base",
+        "coefficients": "one of layernorm, linear",
         "context_tokens": "a whole number from 1 to 4096",
-        "context_dim": "`3`, as in aes_emb",
         "norm_eps": "a number above 0",
     }
     values = {
-        "format": ["0", "2", "1.0", "01", " 1", ""],
+        "format": ["0", "1", "3", "2.0", "02", " 2", ""],
         "kind": ["Adapter", "lora", ""],
         "base": ["SD15", "sd3", ""],
         "apply_to": ["uncond", ""],
-        "feature": ["pooled", ""],
-        "projection": ["mlp", ""],
-        "value_weights": ["none", ""],
+        "coefficients": ["LayerNorm", "softmax", ""],
         "context_tokens": ["0", "4097", "1e99", "-1", "2.0", " 2", "2\0", "99999999999999999999"],
-        "context_dim": ["4", "0", "-3", "3.0", "99999999999999999999"],
-        "norm_eps": ["0", "-1e-5", "NaN", "inf", "1e-400", "1e400", "small"],
+        "norm_eps": ["0", "-0", "-1e-5", "nan", "inf", "1e-400", "1e400", "small", ""],
     }
     for key, expected in names.items():
         without = adapter().unset(f"vmix.{key}").file()
@@ -609,7 +792,8 @@ def metadata() -> Iterator[Case]:
             yield f"{key.replace('_', '-')}-{i}", "adapter", parts, said
     for key, expected in [
         ("labels", "a JSON list of labels"),
-        ("trained", "how it was trained, or `no`"),
+        ("rows", "a JSON list with `side` and `label` of every row"),
+        ("made", "a JSON object with the key `method`"),
         ("ldm_names", "a JSON object of the LDM name of every layer, by diffusers name"),
     ]:
         without = adapter().unset(f"vmix.{key}").file()
@@ -622,17 +806,156 @@ def metadata() -> Iterator[Case]:
         ("norm-eps-plus", "vmix.norm_eps", "+1.E-5"),
     ]:
         yield name, "adapter", adapter().set(key, value).file(), OPENS
-    swapped = adapter().set("vmix.kind", "preset").file()
-    expected = "metadata `vmix.kind`: expected `adapter`, found `preset`"
-    yield "adapter-as-preset", "adapter", swapped, expected
+    # What one kind of coefficients has and the other has not.
+    as_linear = adapter().set("vmix.coefficients", "linear").file()
+    expected = f"{ROWS_KEY}a constant row in a linear file"
+    yield "layernorm-as-linear", "adapter", as_linear, expected
+    as_layernorm = linear().set("vmix.coefficients", "layernorm").file()
+    expected = "metadata `vmix.norm_eps`: expected a number above 0, found no such key"
+    yield "linear-as-layernorm", "adapter", as_layernorm, expected
+    for kind, opened in [("preset", "preset"), ("init", "init")]:
+        swapped = adapter().set("vmix.kind", kind).file()
+        expected = f"metadata `vmix.kind`: expected `adapter`, found `{kind}`"
+        yield f"adapter-as-{kind}", "adapter", swapped, expected
+        swapped = adapter().file()
+        expected = f"metadata `vmix.kind`: expected `{kind}`, found `adapter`"
+        yield f"{kind}-is-adapter", opened, swapped, expected
     later = adapter().set("vmix.later", "1").set("vm\0ix", "1").set("", "").file()
     yield "metadata-unknown-keys", "adapter", later, OPENS
+    # As version 1 had it, with that number and without.
+    expected = "metadata `vmix.format`: expected `2`, as in every VMix file, found `1`"
+    yield "version-1", "adapter", version_1().file(), expected
+    yield "version-1-preset", "preset", preset().set("vmix.format", "1").file(), expected
+    yield "version-1-init", "init", init().set("vmix.format", "1").file(), expected
+    renumbered = version_1().set("vmix.format", "2").file()
+    expected = "metadata `vmix.labels`: expected a JSON list of labels (docs/format.md), found "
+    yield "version-1-as-2", "adapter", renumbered, f"{expected}invalid type: string"
+    expected = "metadata `vmix.coefficients`: expected one of layernorm, linear, found no such key"
+    yield "matrices", "adapter", matrices().file(), expected
+
+
+ROWS_KEY = "metadata `vmix.rows`: expected a JSON list with `side` and `label` of every row, found "
+
+
+def rows() -> Iterator[Case]:
+    """Lists of rows that are none."""
+    sides = "metadata `vmix.rows`: expected sides among positive, negative, constant, found "
+    unknown = "which is not in vmix.labels"
+    first = ROWS[0]
+    later = first | {"later": [{"a": 1}]}
+    for name, value, found in [
+        ("not-json", "positive", "expected value"),
+        ("empty-text", "", "EOF while parsing a value"),
+        ("null", "null", "invalid type: null"),
+        ("object", first, "invalid type: map"),
+        ("of-strings", ["positive"] * R, 'invalid type: string "positive"'),
+        ("of-lists", [[row["side"], row.get("label")] for row in ROWS], "invalid type: sequence"),
+        ("of-lists-2", [[row.get("label"), row["side"]] for row in ROWS], "invalid type: sequence"),
+        ("trailing", json.dumps(ROWS) + "]", "trailing characters"),
+        ("deep", "[" * 10_000, "recursion limit exceeded"),
+        ("empty", [], "an empty list"),
+        ("side-null", [first | {"side": None}, *ROWS[1:]], "invalid type: null"),
+        ("side-number", [first | {"side": 1}, *ROWS[1:]], "invalid type: integer `1`"),
+        ("side-missing", [{"label": LABELS[0]}, *ROWS[1:]], "missing field `side`"),
+        ("label-unknown", [*ROWS[:3], row("negative", "x"), ROWS[4]], f"the label `x`, {unknown}"),
+        (
+            "label-capital",
+            [row("positive", "Vibrant color"), *ROWS[1:]],
+            f"the label `Vibrant color`, {unknown}",
+        ),
+        ("label-empty", [row("positive", ""), *ROWS[1:]], f"the label ``, {unknown}"),
+        ("label-all", [row("positive", "all"), *ROWS[1:]], f"the label `all`, {unknown}"),
+        ("label-number", [first | {"label": 0}, *ROWS[1:]], "invalid type: integer `0`"),
+        ("label-list", [first | {"label": LABELS}, *ROWS[1:]], "invalid type: sequence"),
+        ("label-null", [first | {"label": None}, *ROWS[1:]], "a positive row without a label"),
+        ("label-missing", [first, row("negative"), *ROWS[2:]], "a negative row without a label"),
+        (
+            "constant-with-label",
+            [*ROWS[:-1], row("constant", LABELS[0])],
+            f"a constant row with the label `{LABELS[0]}`",
+        ),
+        (
+            "constant-with-unknown-label",
+            [*ROWS[:-1], row("constant", "x")],
+            "a constant row with the label `x`",
+        ),
+        (
+            "constant-with-empty-label",
+            [*ROWS[:-1], row("constant", "")],
+            "a constant row with the label ``",
+        ),
+        ("not-of-every-label", [*ROWS[:2], *ROWS[:2], ROWS[4]], f"no row of label `{LABELS[1]}`"),
+        ("of-no-label", [ROWS[-1]] * R, f"no row of label `{LABELS[0]}`"),
+        ("field-twice", twice(ROWS, '"side": "positive"'), "`side` comes twice"),
+        ("field-twice-deep", twice([later, *ROWS[1:]], '"a": 1'), "`a` comes twice"),
+    ]:
+        yield f"rows-{name}", "adapter", adapter().set("vmix.rows", value).file(), ROWS_KEY + found
+    for name, side in [("unknown", "both"), ("capital", "Positive"), ("empty", "")]:
+        parts = adapter().set("vmix.rows", [row(side, LABELS[0]), *ROWS[1:]])
+        yield f"rows-side-{name}", "adapter", parts.file(), f"{sides}`{side}`"
+    with_constant = [*LINEAR_ROWS[:2], row("constant"), LINEAR_ROWS[3]]
+    parts = linear().set("vmix.rows", with_constant)
+    expected = f"{ROWS_KEY}a constant row in a linear file"
+    yield "rows-constant-in-linear", "adapter", parts.file(), expected
+    shape = "tensor `profile`: expected shape"
+    for name, value, expected in [
+        ("too-few", ROWS[:-1], f"{shape} [2, 4], found shape [2, 5]"),
+        ("too-many", [*ROWS, first], f"{shape} [2, 6], found shape [2, 5]"),
+        ("many", ROWS + ROWS[-1:] * 1000, f"{shape} [2, 1005], found shape [2, 5]"),
+        ("label-null-of-constant", [*ROWS[:-1], row("constant") | {"label": None}], OPENS),
+        ("field-unknown", [later, *ROWS[1:]], OPENS),
+        ("same-side", [first, first, *ROWS[2:]], OPENS),
+    ]:
+        yield f"rows-{name}", "adapter", adapter().set("vmix.rows", value).file(), expected
+
+
+def twice(value: Any, field: str) -> str:
+    """JSON in which a field of an object comes twice."""
+    text = json.dumps(value)
+    assert field in text, field
+    return text.replace(field, f"{field}, {field}", 1)
+
+
+def made() -> Iterator[Case]:
+    """How the file was made, in other words."""
+    key = "metadata `vmix.made`: expected a JSON object with the key `method`, found "
+    method = "metadata `vmix.made`: expected a `method` among trained, fitted, merged, found "
+    later = {"method": "fitted", "steps": 5, "later": [1, {"a": None}]}
+    for name, value, expected in [
+        ("not-json", "trained", f"{key}expected ident"),
+        ("empty-text", "", f"{key}EOF while parsing a value"),
+        ("null", "null", f"{key}invalid type: null"),
+        ("list", ["trained"], f"{key}invalid type: sequence"),
+        ("string", '"trained"', f'{key}invalid type: string "trained"'),
+        ("empty", {}, f"{method}none"),
+        ("method-unknown", {"method": "guessed"}, f"{method}`guessed`"),
+        ("method-capital", {"method": "Trained"}, f"{method}`Trained`"),
+        ("method-empty", {"method": ""}, f"{method}``"),
+        ("method-null", {"method": None}, f"{method}none"),
+        ("method-list", {"method": ["trained"]}, f"{method}none"),
+        ("method-twice", twice({"method": "a"}, '"method": "a"'), f"{key}`method` comes twice"),
+        ("key-twice", twice(later, '"steps": 5'), f"{key}`steps` comes twice"),
+        ("key-twice-deep", twice(later, '"a": null'), f"{key}`a` comes twice"),
+        ("1e400", '{"method": "trained", "steps": 1e400}', f"{key}number out of range"),
+        ("nan", {"method": "trained", "steps": NAN}, f"{key}expected value"),
+        ("trailing", '{"method": "trained"}}', f"{key}trailing characters"),
+        ("deep", '{"a":' * 500, f"{key}recursion limit exceeded"),
+        ("surrogate", '{"method": "trained", "base": "\\ud800"}', f"{key}unexpected end of hex"),
+        ("key-unknown", later, OPENS),
+        ("merged", {"method": "merged"}, OPENS),
+    ]:
+        yield f"made-{name}", "adapter", adapter().set("vmix.made", value).file(), expected
+        if name in ("not-json", "empty", "method-unknown", "key-twice-deep", "key-unknown"):
+            parts = preset().set("vmix.made", value)
+            yield f"preset-made-{name}", "preset", parts.file(), expected
 
 
 def labels() -> Iterator[Case]:
     """Lists of labels that are none."""
     expected = "metadata `vmix.labels`: expected a JSON list of labels (docs/format.md), found "
     a = label("a")
+    outside = "label `b` with the default {} outside of its range {} to {}"
+    later = label("b", later=[1, {"x": 2}])
     for name, value, found in [
         ("not-json", "a, b", "expected value"),
         ("empty-text", "", "EOF while parsing a value"),
@@ -640,8 +963,8 @@ def labels() -> Iterator[Case]:
         ("of-strings", ["a", "b"], "invalid type: string"),
         ("null", "null", "invalid type: null"),
         ("empty", [], "an empty list"),
-        ("deep", "[" * 10_000, "invalid type: sequence"),
-        ("deep-unknown", '[{"x":' + "[" * 10_000, "EOF while parsing a list"),
+        ("deep", "[" * 10_000, "recursion limit exceeded"),
+        ("deep-unknown", '[{"x":' + "[" * 10_000, "recursion limit exceeded"),
         ("trailing", json.dumps([a, label("b")]) + "]", "trailing characters"),
         ("all", [a, label("all")], "a label named `all`, which is reserved"),
         ("none", [a, label("none")], "a label named `none`, which is reserved"),
@@ -649,47 +972,119 @@ def labels() -> Iterator[Case]:
         ("nameless", [a, label("")], "a label without a name"),
         ("blank", [a, label(" \t")], "a label without a name"),
         ("nul", [a, label("b\0c")], 'label "b\\0c" with a NUL character'),
-        ("nul-negative", [a, label("b") | {"negative": "\0"}], 'label "b" with a NUL character'),
+        ("nul-positive", [a, label("b", positive=["c", "\0"])], 'label "b" with a NUL character'),
+        ("nul-negative", [a, label("b", negative=["\0"])], 'label "b" with a NUL character'),
+        ("nul-dimension", [a, label("b", dimension="\0")], 'label "b" with a NUL character'),
         ("surrogate", '[{"name": "\\ud800"}]', "unexpected end of hex escape"),
-        (
-            "name-number",
-            [a, label("b") | {"name": 1}],
-            "invalid type: integer `1`, expected a string",
-        ),
-        ("name-null", [a, label("b") | {"name": None}], "invalid type: null, expected a string"),
-        ("no-positive", [a, {"name": "b", "negative": "c"}], "missing field `positive`"),
+        ("name-number", [a, label("b", name=1)], "invalid type: integer `1`, expected a string"),
+        ("name-null", [a, label("b", name=None)], "invalid type: null, expected a string"),
+        ("name-missing", [a, {"positive": ["b"], "negative": ["c"]}], "missing field `name`"),
+        ("no-positive", [a, {"name": "b", "negative": ["c"]}], "missing field `positive`"),
+        ("no-negative", [a, {"name": "b", "positive": ["c"]}], "missing field `negative`"),
+        ("positive-string", [a, label("b", positive="b")], 'invalid type: string "b"'),
+        ("negative-string", [a, label("b", negative="b")], 'invalid type: string "b"'),
+        ("positive-null", [a, label("b", positive=None)], "invalid type: null"),
+        ("positive-object", [a, label("b", positive={"en": "b"})], "invalid type: map"),
+        ("positive-of-null", [a, label("b", positive=[None])], "invalid type: null"),
+        ("positive-of-numbers", [a, label("b", positive=[1])], "invalid type: integer `1`"),
+        ("positive-of-lists", [a, label("b", positive=[["b"]])], "invalid type: sequence"),
+        ("positive-empty", [a, label("b", positive=[])], "label `b` without a positive text"),
+        ("negative-empty", [a, label("b", negative=[])], "label `b` without a negative text"),
         ("default-string", [a, label("b", default="1")], "invalid type: string"),
         ("default-null", [a, label("b", default=None)], "invalid type: null"),
         ("default-nan", [a, label("b", default=NAN)], "expected value"),
-        ("default-1e39", [a, label("b", default=1e39)], "label `b` with an infinite weight"),
+        ("default-1e39", [a, label("b", default=1e39)], NOT_FINITE),
         ("default-1e400", '[{"default": 1e400}]', "number out of range"),
-        ("neutral-1e39", [a, label("b", neutral=-1e39)], "label `b` with an infinite weight"),
+        ("default-above", [a, label("b", default=1.5)], outside.format(1.5, 0, 1)),
+        (
+            "default-below",
+            [a, label("b", default=-1, range=[-0.5, 2])],
+            outside.format(-1, -0.5, 2),
+        ),
+        ("default-missing-outside", [a, label("b", range=[-1, 0])], outside.format(1, -1, 0)),
+        ("neutral-1e39", [a, label("b", neutral=-1e39)], NOT_FINITE),
+        ("neutral-string", [a, label("b", neutral="0")], "invalid type: string"),
+        ("neutral-list", [a, label("b", neutral=[0])], "invalid type: sequence"),
+        ("range-reversed", [a, label("b", range=[1, 0])], "label `b` with the range 1 to 0"),
+        ("range-nothing", [a, label("b", range=[1, 1])], "label `b` with the range 1 to 1"),
+        ("range-of-one", [a, label("b", range=[1])], "invalid length 1"),
+        ("range-of-three", [a, label("b", range=[0, 1, 2])], "invalid length 3"),
+        ("range-empty", [a, label("b", range=[])], "invalid length 0"),
+        ("range-null", [a, label("b", range=None)], "invalid type: null"),
+        ("range-of-null", [a, label("b", range=[None, 1])], "invalid type: null"),
+        ("range-of-strings", [a, label("b", range=["0", "1"])], "invalid type: string"),
+        ("range-object", [a, label("b", range={"low": 0, "high": 1})], "invalid type: map"),
+        ("range-1e39", [a, label("b", range=[0, 1e39])], NOT_FINITE),
+        ("range-minus-1e39", [a, label("b", range=[-1e39, 1])], NOT_FINITE),
+        ("range-infinite", [a, label("b", range=[0, INFINITY])], "expected value"),
+        ("range-nan", [a, label("b", range=[NAN, 1])], "expected value"),
+        ("step-0", [a, label("b", step=0)], "label `b` with the step 0"),
+        ("step-negative", [a, label("b", step=-0.05)], "label `b` with the step -0.05"),
+        ("step-1e39", [a, label("b", step=1e39)], NOT_FINITE),
+        ("step-null", [a, label("b", step=None)], "invalid type: null"),
+        ("step-string", [a, label("b", step="0.05")], "invalid type: string"),
+        ("effect-string", [a, label("b", effect={"x": "1"})], "invalid type: string"),
+        ("effect-null", [a, label("b", effect={"x": None})], "invalid type: null"),
+        ("effect-is-null", [a, label("b", effect=None)], "invalid type: null"),
+        ("effect-of-lists", [a, label("b", effect={"x": [1]})], "invalid type: sequence"),
+        ("effect-list", [a, label("b", effect=[1])], "invalid type: sequence"),
+        ("effect-number", [a, label("b", effect=1)], "invalid type: integer"),
+        ("effect-nan", [a, label("b", effect={"x": NAN})], "expected value"),
+        ("effect-1e400", '[{"effect": {"x": 1e400}}]', "number out of range"),
+        (
+            "effect-twice",
+            twice([a, label("b", effect={"x": 1})], '"x": 1'),
+            "`x` comes twice",
+        ),
+        ("dimension-null", [a, label("b", dimension=None)], "invalid type: null"),
         ("display-names-list", [a, label("b", display_names=["b"])], "invalid type: sequence"),
         ("display-names-null", [a, label("b", display_names={"de": None})], "invalid type: null"),
-        ("field-twice", '[{"name": "a", "name": "b"}]', "duplicate field `name`"),
+        (
+            "display-names-twice",
+            twice([a, label("b", display_names={"de": "c"})], '"de": "c"'),
+            "`de` comes twice",
+        ),
+        ("field-twice", twice([a, label("b")], '"name": "b"'), "`name` comes twice"),
+        ("field-unknown-twice", twice([a, later], '"later": [1, {"x": 2}]'), "`later` comes twice"),
+        ("field-twice-deep", twice([a, later], '"x": 2'), "`x` comes twice"),
     ]:
-        parts = adapter().set("vmix.labels", value)
+        parts = adapter(["a", "b"]).set("vmix.labels", value)
         yield f"labels-{name}", "adapter", parts.file(), expected + found
-    wrong = "tensor `aes_emb`: expected shape"
-    one = adapter().set("vmix.labels", [a]).file()
-    yield "labels-one-too-few", "adapter", one, f"{wrong} [1, 2, 3], found shape [2, 2, 3]"
-    many = adapter().set("vmix.labels", [label(f"{i:x}") for i in range(1000)]).file()
-    yield "labels-many", "adapter", many, f"{wrong} [1000, 2, 3], found shape [2, 2, 3]"
-    display_names_twice = json.dumps([a, label("b", display_names={"de": "c"})])
-    display_names_twice = display_names_twice.replace('"de": "c"', '"de": "c", "de": "d"')
+    one = adapter().set("vmix.labels", [label(LABELS[0])]).file()
+    yield "labels-one-too-few", "adapter", one, f"{ROWS_KEY}the label `{LABELS[1]}`, which is"
+    many = [label(name) for name in LABELS] + [label(f"{i:x}") for i in range(1000)]
+    without_rows = adapter().set("vmix.labels", many).file()
+    yield "labels-many", "adapter", without_rows, f"{ROWS_KEY}no row of label `0`"
     for name, value in [
-        ("field-unknown", [a, label("b", later=[1, {"a": None}])]),
-        ("name-long", [a, label("b" * 20_000)]),
-        ("name-control", [a, label("\x1b[31mb\n\u202e")]),
-        ("name-all-capital", [a, label("ALL")]),
-        ("name-padded", [a, label(" a ")]),
-        ("display-names-nul", [a, label("b", display_names={"de\0x": "c", "de": "d\0e"})]),
+        ("field-unknown", later),
+        ("name-long", label("b" * 20_000)),
+        ("name-control", label("\x1b[31mb\n\u202e")),
+        ("name-all-capital", label("ALL")),
+        ("name-padded", label(" a ")),
+        ("display-names-nul", label("b", display_names={"de\0x": "c", "de": "d\0e"})),
+        ("texts", label("b", positive=["b", "c"], negative=["", "d", "e"])),
+        ("neutral-outside", label("b", neutral=-3)),
+        ("range-wide", label("b", range=[-3e38, 3e38], step=3e38)),
+        ("neutral-null", label("b", neutral=None, effect={}, dimension="")),
+        ("effect", label("b", effect={"": -1.5, "x": 3e38})),
     ]:
-        parts = adapter().set("vmix.labels", value)
+        parts = adapter(["a", value["name"]]).set("vmix.labels", [a, value])
         yield f"labels-{name}", "adapter", parts.file(), OPENS
-    parts = adapter().set("vmix.labels", display_names_twice)
-    expected = "metadata `vmix.labels`: expected a JSON list of labels (docs/format.md), found `de`"
-    yield "labels-display-names-twice", "adapter", parts.file(), f"{expected} comes twice"
+    # Weights are what the labels of a linear file are in proportion to.
+    first, second = (label(name, neutral=0, default=0) for name in LABELS)
+    key = "metadata `vmix.labels`: expected `neutral` 0 in a linear file, found"
+    for name, value, found in [
+        ("null", second | {"neutral": None}, "null"),
+        ("1", second | {"neutral": 1}, "1"),
+        ("small", second | {"neutral": 0.5**10}, "0.0009765625"),
+        ("missing", label(LABELS[1]), "null"),
+    ]:
+        parts = linear().set("vmix.labels", [first, value])
+        expected = f"{key} {found} for label `{LABELS[1]}`"
+        yield f"linear-neutral-{name}", "adapter", parts.file(), expected
+
+
+NOT_FINITE = "label `b` with a number that is not finite"
 
 
 def presets() -> Iterator[Case]:
@@ -712,13 +1107,11 @@ def presets() -> Iterator[Case]:
         ("nan", both | {second: NAN}, "expected value"),
         ("1e39", both | {second: 1e39}, f"weight of label `{second}`: expected a finite number"),
         ("1e400", f'{{"{first}": 1e400}}', "number out of range"),
-        ("deep", '{"a":' * 500, "invalid type: map"),
+        ("deep", '{"a":' * 500, "recursion limit exceeded"),
+        ("key-twice", twice(both, f'"{first}": 1.0'), f"`{first}` comes twice"),
     ]:
         parts = preset().set("vmix.selection", value)
         yield bad(f"selection-{name}", parts, f"{key}, found {found}")
-    twice = f'{{"{first}": 1, "{first}": 2, "{second}": 0}}'
-    parts = preset().set("vmix.selection", twice)
-    yield bad("selection-key-twice", parts, f"{key}, found `{first}` comes twice")
     # What is spelt like a name must not be searched for among names of any length.
     long = preset().set("vmix.labels", [label("a" * 20_000), label("b" * 20_000)])
     long.set("vmix.selection", {"a" * 20_000: 1.0, "c" * 20_000: 1.0})
@@ -737,17 +1130,20 @@ def presets() -> Iterator[Case]:
     for missing, expected in [
         ("vmix.selection", key),
         ("vmix.origin", "metadata `vmix.origin`: expected a SHA-256 in hexadecimal"),
+        ("vmix.made", "metadata `vmix.made`: expected a JSON object"),
+        ("vmix.apply_to", "metadata `vmix.apply_to`: expected one of cond, both, contrast"),
         ("vmix.ldm_names", "metadata `vmix.ldm_names`: expected a JSON object"),
         ("vmix.labels", "metadata `vmix.labels`: expected a JSON list of labels"),
+        ("vmix.context_tokens", "metadata `vmix.context_tokens`: expected a whole number"),
     ]:
         name = missing.removeprefix("vmix.").replace("_", "-")
         yield bad(f"missing-{name}", preset().unset(missing), expected)
     up = f"tensor `{UP}.v_aes`: expected"
     for name, made, expected in [
-        ("nan", filled(NAN, C, 2), f"{up} finite values, found NaN or infinity"),
-        ("infinite", filled(INFINITY, C, 2), f"{up} finite values, found NaN or infinity"),
-        ("rank", tensor(C, 1, 2), f"{up} shape [context tokens, width], found shape [2, 1, 2]"),
-        ("width-0", tensor(C, 0), f"{up} shape [context tokens, width], found shape [2, 0]"),
+        ("nan", filled(NAN, C, 2), f"{up} finite values, found NaN"),
+        ("infinite", filled(INFINITY, C, 2), f"{up} finite values, found"),
+        ("rank", tensor(C, 1, 2), f"{up} shape [context tokens, inner_dim], found shape [2, 1, 2]"),
+        ("width-0", tensor(C, 0), f"{up} shape [context tokens, inner_dim], found shape [2, 0]"),
         ("tokens", tensor(C + 1, 2), f"{up} shape [2, 2], found shape [3, 2]"),
         ("dtypes", tensor(C, 2, dtype="F16"), f"{up} float32, as the other tensors"),
     ]:
@@ -756,16 +1152,24 @@ def presets() -> Iterator[Case]:
     yield "preset-integers", "preset", integers, f"{up} F32, F16 or BF16, found I32"
     without = preset().remove(f"{UP}.v_aes")
     yield bad("missing-layer", without, f"{up} a tensor of that name, found none")
-    extra = preset().put("mid.v_aes", tensor(C, 2))
-    yield bad("extra-layer", extra, "tensor `mid.v_aes`: expected no such tensor, found one")
-    extra = preset().put("aes_emb", tensor(N, 2, D))
-    yield bad("extra-tensor", extra, "tensor `aes_emb`: expected no such tensor, found one")
-    extra = preset().put(f"{LDM[UP]}.v_aes", tensor(C, 2))
-    expected = f"tensor `{LDM[UP]}.v_aes`: expected no such tensor, found one"
-    yield bad("layer-twice-by-ldm-name", extra, expected)
+    for name, extra in [
+        ("layer", "mid.v_aes"),
+        ("aes-emb", "aes_emb"),
+        ("rows", rows_of(UP)),
+        ("profile", "profile"),
+        ("attention", "attention"),
+        ("stray", "x"),
+        ("layer-by-ldm-name", f"{LDM[UP]}.v_aes"),
+    ]:
+        expected = f"tensor `{extra}`: expected no such tensor, found one"
+        yield bad(f"extra-{name}", preset().put(extra, tensor(C, 2)), expected)
     same = preset().set("vmix.ldm_names", {DOWN: "a", UP: "a"})
     expected = "metadata `vmix.ldm_names`: expected a name of its own per layer, found `a` for two"
     yield bad("ldm-names-same", same, expected)
+    context = preset().set("vmix.ldm_names", LDM | {"context": "a"})
+    context.put("context.v_aes", tensor(C, 2))
+    expected = "metadata `vmix.ldm_names`: expected the path of a layer, found `context`"
+    yield bad("layer-context", context, expected)
     nothing = preset().set("vmix.ldm_names", {}).remove(f"{UP}.v_aes").remove(f"{DOWN}.v_aes")
     expected = "metadata `vmix.ldm_names`: expected at least one layer, found none"
     yield bad("layers-none", nothing, expected)
@@ -779,7 +1183,7 @@ def presets() -> Iterator[Case]:
     expected = f"tensor `{UP}.v_aes_uncond`: expected shape [2, 2], found no such tensor"
     yield bad("contrast-half", half, expected)
     nan = contrast().put(f"{UP}.v_aes_uncond", filled(NAN, C, 2))
-    expected = f"tensor `{UP}.v_aes_uncond`: expected finite values, found NaN or infinity"
+    expected = f"tensor `{UP}.v_aes_uncond`: expected finite values, found NaN"
     yield bad("contrast-nan", nan, expected)
     mixed = contrast().put(f"{UP}.v_aes_uncond", tensor(C, 2, dtype="BF16"))
     expected = f"tensor `{UP}.v_aes_uncond`: expected float32, as the other tensors"
@@ -787,29 +1191,83 @@ def presets() -> Iterator[Case]:
     both_passes = contrast().set("vmix.apply_to", "both")
     expected = f"tensor `{DOWN}.v_aes_uncond`: expected no such tensor, found one"
     yield bad("both-with-uncond", both_passes, expected)
-    nameless = preset().remove(f"{UP}.v_aes").put(".v_aes", tensor(C, 2)).put("x", tensor(1))
+    nameless = preset().remove(f"{UP}.v_aes").put(".v_aes", tensor(C, 2))
     nameless.set("vmix.ldm_names", {DOWN: "a", "": "b"})
     expected = (
         "metadata `vmix.ldm_names`: expected a name of its own per layer, found a layer without"
     )
     yield bad("layer-without-name", nameless, expected)
-    stray = preset().put("x", tensor(1))
-    yield bad("stray-tensor", stray, "tensor `x`: expected no such tensor, found one")
-    expected = "metadata `vmix.kind`: expected `preset`, found `adapter`"
-    yield bad("as-adapter", preset().set("vmix.kind", "adapter"), expected)
+    expected = "metadata `vmix.kind`: expected `preset`, found `init`"
+    yield bad("as-init", preset().set("vmix.kind", "init"), expected)
     large = preset().set("vmix.context_tokens", "4096")
     expected = f"tensor `{DOWN}.v_aes`: expected shape [4096, 4], found shape [2, 4]"
     yield bad("context-tokens", large, expected)
+    cut = preset().file()[:-1]
+    yield "preset-truncated", "preset", cut, "not a safetensors file: incomplete metadata"
+
+
+def inits() -> Iterator[Case]:
+    """Init files that do not hold what they say."""
+
+    def bad(name: str, parts: Parts, expected: str) -> Case:
+        return f"init-{name}", "init", parts.file(), expected
+
+    features = "tensor `aes_emb`: expected"
+    for name, made, expected in [
+        ("rank", tensor(N * 2 * D), f"{features} shape [2, 2, d], found shape [12]"),
+        ("labels", tensor(N - 1, 2, D), f"{features} shape [2, 2, 3], found shape [1, 2, 3]"),
+        ("one", tensor(N, 1, D), f"{features} shape [2, 2, 3], found shape [2, 1, 3]"),
+        ("width-0", tensor(N, 2, 0), f"{features} shape [2, 2, d], found shape [2, 2, 0]"),
+        ("nan", filled(NAN, N, 2, D), f"{features} finite values, found NaN"),
+        ("infinite", filled(INFINITY, N, 2, D, dtype="F16"), f"{features} finite values, found"),
+    ]:
+        yield bad(f"aes-emb-{name}", init().put("aes_emb", made), expected)
+    yield bad("missing-aes-emb", init().remove("aes_emb"), f"{features} a tensor of that name")
+    for extra in ["x", "profile", "attention", rows_of(UP), f"{UP}.v_aes"]:
+        expected = f"tensor `{extra}`: expected no such tensor, found one"
+        yield bad(f"extra-{short(extra)}", init().put(extra, tensor(C, 2)), expected)
+    for missing, expected in [
+        ("vmix.base", "metadata `vmix.base`: expected one of sd15, sdxl, other"),
+        ("vmix.labels", "metadata `vmix.labels`: expected a JSON list of labels"),
+        ("vmix.context_tokens", "metadata `vmix.context_tokens`: expected a whole number"),
+        ("vmix.ldm_names", "metadata `vmix.ldm_names`: expected a JSON object"),
+    ]:
+        name = missing.removeprefix("vmix.").replace("_", "-")
+        yield bad(f"missing-{name}", init().unset(missing), expected)
+    own = "metadata `vmix.ldm_names`: expected a name of its own per layer, found"
+    for name, value, expected in [
+        ("empty", {}, "metadata `vmix.ldm_names`: expected at least one layer, found none"),
+        ("same", {DOWN: "a", UP: "a"}, f"{own} `a` for two layers"),
+        ("nul", LDM | {UP: "a\0b"}, f'{own} "a\\0b", with a NUL character'),
+        ("layer-nul", LDM | {"a\0b": "c"}, f'{own} "a\\0b", with a NUL character'),
+        ("list", [DOWN, UP], "metadata `vmix.ldm_names`: expected a JSON object"),
+    ]:
+        yield bad(f"ldm-names-{name}", init().set("vmix.ldm_names", value), expected)
+    expected = "metadata `vmix.kind`: expected `init`, found `preset`"
+    yield bad("as-preset", init().set("vmix.kind", "preset"), expected)
+    tokens = sd15_init().set("vmix.context_tokens", "76")
+    expected = "metadata `vmix.context_tokens`: expected `77`, as in every sd15 U-Net, found `76`"
+    yield bad("sd15-context-tokens", tokens, expected)
+    narrow = sd15_init().put("aes_emb", zeros(N, 2, 767))
+    yield bad("sd15-context-dim", narrow, f"{features} shape [2, 2, 768], found shape [2, 2, 767]")
+    other = sd15_init().set("vmix.base", "sdxl")
+    yield bad("sdxl-context-dim", other, f"{features} shape [2, 2, 2048], found shape [2, 2, 768]")
+    cut = init().file()[:-1]
+    yield "init-truncated", "init", cut, "not a safetensors file: incomplete metadata"
 
 
 MAKERS: list[Callable[[], Iterator[Case]]] = [
     headers,
     entries,
+    valid,
     tensors,
     layers,
     metadata,
+    rows,
+    made,
     labels,
     presets,
+    inits,
 ]
 
 
@@ -817,15 +1275,15 @@ def main() -> None:
     for old in FOLDER.glob("*.safetensors"):
         old.unlink()
     # A folder is no file.
-    rows = [(".", "adapter", "is a directory"), (".", "preset", "is a directory")]
+    table = [(".", opened, "is a directory") for opened in ("adapter", "preset", "init")]
     for maker in MAKERS:
         for name, opened, content, expected in maker():
             path = FOLDER / f"{name}.safetensors"
             assert not path.exists(), name
             path.write_bytes(content)
-            rows.append((path.name, opened, expected))
-    table = "".join("\t".join(row) + "\n" for row in rows)
-    (FOLDER / "expected.tsv").write_text(table, encoding="utf-8")
+            table.append((path.name, opened, expected))
+    lines = "".join("\t".join(line) + "\n" for line in table)
+    (FOLDER / "expected.tsv").write_text(lines, encoding="utf-8")
 
 
 if __name__ == "__main__":
