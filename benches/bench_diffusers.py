@@ -88,7 +88,7 @@ def main() -> None:
     pipe = Pipe(_guidance_scale=7.5, unet=tiny.sd15_unet())
     unet = pipe.unet
     tensors, metadata = tiny.adapter(unet, base="sd15")
-    adapter = Adapter.from_tensors(tensors, metadata)
+    adapter = Adapter.from_matrices(tensors, metadata)
     candidates: dict[str, Candidate] = {
         "vanilla": nullcontext,
         "VMix (load_vmix)": lambda: vmix(pipe, adapter),

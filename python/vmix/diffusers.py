@@ -1,4 +1,10 @@
-"""VMix in a diffusers pipeline: `load_vmix`, `set_vmix_scale`, `unload_vmix`.
+"""VMix in a diffusers pipeline.
+
+    load_vmix(pipe, "adapter.safetensors", "vibrant color")   # loads
+    set_vmix(pipe, {"vibrant color": 1.3})                    # other label weights
+    set_vmix_scale(pipe, 0.8)                                 # λ
+    get_vmix(pipe), list_vmix(pipe)
+    unload_vmix(pipe)
 
 Both branches of the paper share one attention map (eq. 8 and 9), so that
 
@@ -8,8 +14,10 @@ and all there is to do is to add λ·V_a to what `attn2.to_v` returns. Attention
 alone: that is where IP-Adapter, PAG and xformers live.
 
 The patch is an instance `forward` on the linear layer below any LoRA wrapper, and not a forward
-hook: compiled code is guarded by the former and never notices the latter. λ·V_a is held as a
-tensor, which compiled code reads anew at every call, so that a new scale recompiles nothing.
+hook: compiled code is guarded by the former and never notices the latter. The value rows of an
+adapter are copied to the U-Net's device once, in f32: rounding them would cost up to 1e-3 of V_a.
+λ·V_a = λ·A(w)·B is held as a tensor in the U-Net's dtype, which compiled code reads anew at every
+call. New weights or a new scale compute it anew, in a few milliseconds, and recompile nothing.
 
 Everything hangs on the pipeline's U-Net and goes away with `unload_vmix`. Which half of a batch is
 conditional is known to the pipeline alone: the U-Net remembers the pipeline it was last given
@@ -20,10 +28,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 import math
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any, Literal, TypeAlias
 
@@ -32,14 +41,19 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 import vmix
-from vmix import Adapter, Values, VMixError
+from vmix import Adapter, Untrained, Values, VMixError
 
-__all__ = ["load_vmix", "set_vmix_scale", "unload_vmix"]
+__all__ = ["get_vmix", "list_vmix", "load_vmix", "set_vmix", "set_vmix_scale", "unload_vmix"]
+
+_LOG = logging.getLogger(__name__)
 
 ApplyTo: TypeAlias = Literal["cond", "both", "contrast"]
 Selection: TypeAlias = str | Sequence[str] | Mapping[str, float] | None
+Selections: TypeAlias = Selection | Sequence[Selection]
+"""One selection, or a list with one for every image. A list of names alone is one selection."""
 Scale: TypeAlias = float | Mapping[str, Any]
 _Pair: TypeAlias = tuple[Tensor, Tensor | None]
+"""What goes to the conditional and to the unconditional part of a batch."""
 
 _CONTEXT_DIMS = {"sd15": 768, "sdxl": 2048}
 _BASES = {(768, 16): "sd15", (2048, 70): "sdxl"}
@@ -51,7 +65,7 @@ _FUSING = "VMix adds to the output of attn2.to_v, which fused QKV projections sk
 def load_vmix(
     pipe: Any,
     adapter_or_preset: str | os.PathLike[str] | Adapter | Values,
-    selection: Selection = None,
+    selection: Selections = None,
     scale: Scale = 1.0,
     apply_to: ApplyTo | None = None,
     adapter_name: str = "default",
@@ -64,26 +78,23 @@ def load_vmix(
         pipe: a pipeline with a `UNet2DConditionModel`; compiled, offloaded or with LoRAs is fine.
         adapter_or_preset: a file, an `Adapter` or the `Values` of one selection.
         selection: the labels, for an adapter: a name, a list of names, a dictionary of weights,
-            "all" or "none"; its default weights if None. **A label that is left out is negative**
-            (weight 0), which is a look of its own and not the absence of one; but a training-free
-            label at 0 adds nothing.
+            "all" or "none"; the file's default weights if None. A label that is left out is at its
+            neutral weight; one without a neutral weight is at 0, which is its negative text and a
+            look of its own. A list of selections has one for every image of a batch, see
+            `set_vmix`.
         scale: λ of eq. 9; a number or a dictionary per block, see `set_vmix_scale`.
         apply_to: the passes of classifier-free guidance that are mixed: "cond", "both", or
-            "contrast" (the selection on cond, its negatives on uncond); the file's own if None.
-        adapter_name: several names add up; labels of one file belong into one selection, since
-            either copy would add the other's labels as negatives. A name that is already loaded
-            is replaced: loading again is how the labels are changed.
+            "contrast" (the selection on cond, its opposite on uncond); the file's own if None.
+        adapter_name: several names add up; labels of one file belong into one selection. A name
+            that is already loaded is replaced.
         start, end: the part of `scheduler.timesteps` in which the adapter acts, as fractions;
             step i of n is inside if start ≤ i/n and (i+1)/n ≤ end, as ControlNet counts. It is
             the whole schedule also where img2img begins in its middle; of equal timesteps, which
             PNDM has, the first counts.
 
-    Where the file says that the base's own value weights are used, V_a goes through each layer's
-    `to_v` in every step, as it then is: with LoRAs, quantised, offloaded.
-
     Pipelines that share the U-Net (`from_pipe`) share its adapters, but only one of them is asked
-    whether guidance is on: the one last given here or to `set_vmix_scale`. Call either before
-    another one runs, or load with apply_to="both".
+    whether guidance is on: the one last given to a function of this module. Call one before another
+    pipeline runs, or load with apply_to="both".
     """
     unet = _unet(pipe)
     source = _open(adapter_or_preset, selection)
@@ -92,23 +103,19 @@ def load_vmix(
         raise VMixError(f"apply_to: expected cond, both or contrast, found {policy!r}")
     if not 0.0 <= start < end <= 1.0:
         raise VMixError(f"start and end: expected 0 <= start < end <= 1, found {start} and {end}")
-    _check_pipeline(pipe, policy)
+    _check_pipeline(pipe, policy, selection)
     attns = _cross_attentions(unet)
     _check_fusing(unet, attns)
     _check_layout(source, attns)
     for path, attn in attns.items():
         _check_rescaling(path, attn)
-    scales = _scales(scale, attns)
     state: _State = getattr(unet, "_vmix", None) or _State()
-    adapter = _Adapter(source.context_tokens, policy, start, end)
-    mixes: dict[str, _Mix] = {}
-    if isinstance(source, Adapter) and source.value_weights == "base":
-        f_a = _aesthetic_context(source, selection, policy)
-        for path, attn in attns.items():
-            mixes[path] = _BaseMix(path, f_a, scales[path], adapter, attn, state)
-    else:
-        for path, pair in _values(source, selection, policy, attns).items():
-            mixes[path] = _Mix(path, pair, scales[path], adapter, _linear(attns[path]).weight)
+    adapter = _Adapter(source, policy, start, end)
+    mixes = {
+        path: _Mix(path, adapter, _linear(attn).weight, _fixed(source, path, policy))
+        for path, attn in attns.items()
+    }
+    adapter.set(mixes, selection, scale)
 
     # Nothing has been changed up to here, nothing can fail from here on.
     state.bind(pipe, unet)
@@ -121,6 +128,28 @@ def load_vmix(
     state.watch_steps(unet)
     unet._vmix = state
     unet.fuse_qkv_projections = state.refuse_fusing
+    if isinstance(source, Adapter) and source.made["method"] == "fitted" and _made_for(source):
+        # Fitted labels do elsewhere what they did there only more or less.
+        _LOG.warning("VMix: this adapter was fitted on %s", _made_for(source))
+
+
+def set_vmix(pipe: Any, selection: Selections, adapter_name: str = "default") -> None:
+    """Sets other label weights: in milliseconds, also in a callback between two steps.
+
+    A list of selections gives every image its own: as many as there are images, or as there are
+    prompts where `num_images_per_prompt` repeats each.
+
+        set_vmix(pipe, {"vibrant color": 1.3})
+        set_vmix(pipe, [{"vibrant color": w / 4} for w in range(5)])   # pipe([prompt] * 5)
+    """
+    unet = _unet(pipe)
+    state = _loaded(unet, adapter_name)
+    adapter = state.adapters[adapter_name]
+    if isinstance(adapter.source, Values):
+        raise VMixError(f"a preset holds one selection and cannot take another: {selection!r}")
+    _check_pipeline(pipe, adapter.apply_to, selection)
+    adapter.set(state.mixes(adapter_name), selection, adapter.scale)
+    state.bind(pipe, unet)
 
 
 def set_vmix_scale(pipe: Any, scale: Scale, adapter_name: str = "default") -> None:
@@ -132,10 +161,29 @@ def set_vmix_scale(pipe: Any, scale: Scale, adapter_name: str = "default") -> No
     """
     unet = _unet(pipe)
     state = _loaded(unet, adapter_name)
-    _check_pipeline(pipe, state.adapters[adapter_name].apply_to)
-    for path, value in _scales(scale, state.layers).items():
-        state.layers[path].mixes[adapter_name].set_scale(value)
+    adapter = state.adapters[adapter_name]
+    _check_pipeline(pipe, adapter.apply_to, adapter.selection)
+    adapter.set(state.mixes(adapter_name), adapter.selection, scale)
     state.bind(pipe, unet)
+
+
+def get_vmix(pipe: Any, adapter_name: str = "default") -> dict[str, Any]:
+    """What is loaded under a name: `weights` (a dictionary, or a list with one for every image),
+    `scale`, `apply_to`, `start` and `end`."""
+    adapter = _loaded(_unet(pipe), adapter_name).adapters[adapter_name]
+    return {
+        "weights": copy.deepcopy(adapter.weights),
+        "scale": copy.deepcopy(adapter.scale),
+        "apply_to": adapter.apply_to,
+        "start": adapter.start,
+        "end": adapter.end,
+    }
+
+
+def list_vmix(pipe: Any) -> list[str]:
+    """The names of all adapters that are loaded, in the order in which they were."""
+    state: _State | None = getattr(_unet(pipe), "_vmix", None)
+    return list(state.adapters) if state else []
 
 
 def unload_vmix(pipe: Any, adapter_name: str = "default") -> None:
@@ -156,53 +204,104 @@ def unload_vmix(pipe: Any, adapter_name: str = "default") -> None:
 class _Adapter:
     """What one loaded adapter shares between its layers."""
 
-    def __init__(self, tokens: int, apply_to: str, start: float, end: float) -> None:
-        self.tokens = tokens
+    def __init__(self, source: Adapter | Values, apply_to: str, start: float, end: float) -> None:
+        self.source = source
+        self.tokens = source.context_tokens
         self.apply_to = apply_to
         self.start = start
         self.end = end
         self.gate: Tensor | None = None  # 1 within the window of steps and 0 outside; None: always
+        self.selection: Selections = None
+        self.scale: Scale = 1.0
+        self.weights: dict[str, float] | list[dict[str, float]] = {}
+        self.coefficients: _Pair | None = None
+        """A [C, R] or, of a batch, [B, C, R]; None for a preset."""
 
     @property
     def windowed(self) -> bool:
         return self.start > 0.0 or self.end < 1.0
 
+    def set(self, mixes: Mapping[str, _Mix], selection: Selections, scale: Scale) -> None:
+        """Computes λ·V_a of all layers for other weights or another λ. An error changes nothing."""
+        scales = _scales(scale, mixes)
+        source, coefficients = self.source, None
+        if isinstance(source, Adapter):
+            weights = _each(selection, source.weights)
+            coefficients = _coefficients(source, selection, self.apply_to)
+        else:
+            weights = source.selection
+        mixed = {
+            path: mix.product(coefficients, scales[path], mix.device, mix.dtype)
+            for path, mix in mixes.items()
+        }
+        self.check(mixed, weights, scales)
+        self.coefficients, self.weights = coefficients, weights
+        self.selection, self.scale = copy.deepcopy(selection), copy.deepcopy(scale)
+        for path, mix in mixes.items():
+            mix.scale, (mix.cond, mix.uncond) = scales[path], mixed[path]
+
+    def check(self, mixed: Mapping[str, _Pair], weights: Any, scales: Mapping[str, float]) -> None:
+        """Refuses what is not finite in the U-Net's dtype: it would make every picture black."""
+        parts = [(path, part) for path, pair in mixed.items() for part in pair if part is not None]
+        finite = torch.stack([part.isfinite().all() for _, part in parts])
+        if finite.all():  # waits for the device once
+            return
+        path, part = parts[int(finite.int().argmin())]
+        strongest = max(
+            (abs(weight), label, weight)
+            for one in (weights if isinstance(weights, list) else [weights])
+            for label, weight in one.items()
+        )
+        raise VMixError(
+            f"layer {path}: expected values that {part.dtype} can hold, found more: label "
+            f"{strongest[1]!r} at weight {strongest[2]:g}, scale {scales[path]:g}"
+        )
+
 
 class _Mix:
-    """λ·V_a of one adapter in one layer, [C, inner_dim] each for cond and, perhaps, uncond."""
+    """λ·V_a of one adapter in one layer, as the layer's output is: [C, inner_dim], or
+    [B, C, inner_dim] where every image has its own."""
 
-    def __init__(
-        self, path: str, values: _Pair, scale: float, adapter: _Adapter, like: Tensor
-    ) -> None:
+    cond: Tensor
+    uncond: Tensor | None
+
+    def __init__(self, path: str, adapter: _Adapter, like: Tensor, fixed: _Pair | None) -> None:
         self.path = path
-        self.values = values  # V_a as the library made it, on the CPU
-        self.scale = scale
         self.adapter = adapter
+        self.scale = 1.0
         # An offloaded weight is on "meta" and a quantised one holds integers; the first call
         # then finds out what is wanted.
-        self._mix(
-            torch.device("cpu") if like.is_meta else like.device,
-            like.dtype if like.is_floating_point() else torch.float32,
-        )
+        self.device = torch.device("cpu") if like.is_meta else like.device
+        self.dtype = like.dtype if like.is_floating_point() else torch.float32
+        source = adapter.source
+        self.fixed = fixed  # V_a of a preset
+        self.rows: Tensor | None = None  # B [R, inner_dim] of an adapter
+        if isinstance(source, Adapter):
+            self.rows = from_dlpack(source.rows[path]).to(self.device, torch.float32)
 
-    def set_scale(self, scale: float) -> None:
-        self.scale = scale
-        self._mix(self.cond.device, self.cond.dtype)
-
-    def _mix(self, device: torch.device, dtype: torch.dtype) -> None:
-        cond, uncond = (
-            None if v is None else (v.float() * self.scale).to(device, dtype) for v in self.values
-        )
+    def product(
+        self, coefficients: _Pair | None, scale: float, device: torch.device, dtype: torch.dtype
+    ) -> _Pair:
+        """λ·V_a, computed in f32."""
+        if self.rows is not None:
+            assert coefficients is not None
+            self.rows = self.rows.to(device)
+            values = [None if a is None else _times(a.to(device), self.rows) for a in coefficients]
+        else:
+            assert self.fixed is not None
+            values = [None if v is None else v.to(device, torch.float32) for v in self.fixed]
+        cond, uncond = (None if v is None else (v * scale).to(dtype) for v in values)
         assert cond is not None
-        self.cond, self.uncond = cond, uncond
+        return cond, uncond
 
-    def strengthened(self, _context: Tensor, value: Tensor) -> _Pair:
-        """λ·V_a of the two passes, like `value`."""
-        if self.cond.device != value.device or self.cond.dtype != value.dtype:
-            self._mix(value.device, value.dtype)
-        return self.cond, self.uncond
+    def move(self, device: torch.device, dtype: torch.dtype) -> None:
+        """To where the layer computes, at its first call there."""
+        self.device, self.dtype = device, dtype
+        pair = self.product(self.adapter.coefficients, self.scale, device, dtype)
+        self.adapter.check({self.path: pair}, self.adapter.weights, {self.path: self.scale})
+        self.cond, self.uncond = pair
 
-    def __call__(self, context: Tensor, value: Tensor, state: _State) -> Tensor:
+    def __call__(self, value: Tensor, state: _State) -> Tensor:
         """V_c + λ·V_a (eq. 9) for `value` [B, T, inner_dim] of a context, T a multiple of C."""
         tokens = self.adapter.tokens
         if value.shape[1] % tokens:
@@ -210,61 +309,35 @@ class _Mix:
                 f"{self.path}: the prompt's context has {value.shape[1]} tokens, "
                 f"the adapter needs a multiple of {tokens}"
             )
-        on_cond, on_uncond = self.strengthened(context, value)
+        if self.device != value.device or self.dtype != value.dtype:
+            self.move(value.device, value.dtype)
         if self.adapter.apply_to == "both":
-            return value + self._tiled(on_cond, value)
+            images = state.images(value.shape[0]) if self.cond.ndim == 3 else 0
+            return value + self._tiled(self.cond, value, images)
         rows = state.uncond_rows(value.shape[0])
-        cond = value[rows:] + self._tiled(on_cond, value)
+        cond = value[rows:] + self._tiled(self.cond, value[rows:], rows or value.shape[0])
         if not rows:
             return cond
         uncond = value[:rows]
-        if on_uncond is not None:
-            uncond = uncond + self._tiled(on_uncond, value)
+        if self.uncond is not None:
+            uncond = uncond + self._tiled(self.uncond, uncond, rows)
         return torch.cat([uncond, cond])
 
-    def _tiled(self, aes: Tensor, value: Tensor) -> Tensor:
+    def _tiled(self, aes: Tensor, value: Tensor, images: int) -> Tensor:
+        """`aes` for every token of `value` and, of a batch, for every image of its parts."""
         if self.adapter.gate is not None:
             aes = aes * self.adapter.gate.to(aes)
-        return aes.repeat(value.shape[1] // self.adapter.tokens, 1)
-
-
-class _BaseMix(_Mix):
-    """The same with the base's own W_V: f_a goes through the layer whenever the layer is called.
-
-    So LoRAs that come and go, weights in 8 bits and those that are elsewhere meanwhile need no
-    care, for a product of C rows beside the layer's own of B·C.
-    """
-
-    def __init__(
-        self,
-        path: str,
-        f_a: _Pair,
-        scale: float,
-        adapter: _Adapter,
-        attn: Any,
-        state: _State,
-    ) -> None:
-        super().__init__(path, f_a, scale, adapter, torch.empty(0))
-        self.attn = attn
-        self.state = state
-
-    def _mix(self, device: torch.device, dtype: torch.dtype) -> None:
-        # λ comes last: at 0 nothing is left, whatever a quantised layer makes of zeros.
-        self.strength = torch.tensor(self.scale, device=device)
-        cond, uncond = (None if f_a is None else f_a.to(device, dtype) for f_a in self.values)
-        assert cond is not None
-        self.cond, self.uncond = cond, uncond
-
-    def strengthened(self, context: Tensor, value: Tensor) -> _Pair:
-        super().strengthened(context, context)
-        parts = [self.cond] if self.uncond is None else [self.cond, self.uncond]
-        self.state.paused = True  # here the layer is asked for the base's part alone
-        try:
-            v_a = self.attn.to_v(torch.cat(parts))
-        finally:
-            self.state.paused = False
-        cond, *uncond = (v_a.float() * self.strength).to(value.dtype).split(self.adapter.tokens)
-        return cond, uncond[0] if uncond else None
+        chunks = value.shape[1] // self.adapter.tokens
+        if aes.ndim == 2:
+            return aes.repeat(chunks, 1)
+        if images % aes.shape[0]:
+            raise VMixError(
+                f"{aes.shape[0]} selections were set for a batch of {images} images: expected one "
+                "for every image, or one for every prompt"
+            )
+        # Pipelines repeat each prompt; every part of a batch holds the same images.
+        aes = aes.repeat_interleave(images // aes.shape[0], 0)
+        return aes.repeat(value.shape[0] // images, chunks, 1)
 
 
 class _Patch:
@@ -306,10 +379,10 @@ class _Layer(_Patch):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         value = self.original(*args, **kwargs)
-        if self.mixes and not self.state.paused:
+        if self.mixes:
             _check_rescaling(self.path, self.attn)
             for mix in self.mixes.values():
-                value = mix(args[0], value, self.state)
+                value = mix(value, self.state)
         return value
 
 
@@ -345,7 +418,9 @@ class _State:
         self.pipe: Any = lambda: None  # weak: a U-Net must not keep text encoders alive
         self.perturbs = False  # whether the pipeline knows perturbed-attention guidance
         self.embeds_guidance = False  # such a U-Net is told the guidance and runs one half only
-        self.paused = False
+
+    def mixes(self, adapter_name: str) -> dict[str, _Mix]:
+        return {path: layer.mixes[adapter_name] for path, layer in self.layers.items()}
 
     def bind(self, pipe: Any, unet: Any) -> None:
         self.pipe = weakref.ref(pipe)
@@ -384,6 +459,10 @@ class _State:
             )
         return batch // parts
 
+    def images(self, batch: int) -> int:
+        """How many images a batch holds, in each of its parts."""
+        return self.uncond_rows(batch) or batch
+
     def refuse_fusing(self) -> None:
         """Stands in for the U-Net's `fuse_qkv_projections`."""
         calls = [
@@ -417,9 +496,11 @@ def _loaded(unet: Any, adapter_name: str) -> _State:
     return state
 
 
-def _open(source: Any, selection: Selection) -> Adapter | Values:
+def _open(source: Any, selection: Selections) -> Adapter | Values:
     if isinstance(source, (str, os.PathLike)):
-        source = vmix.open(source)
+        path, source = source, vmix.open(source)
+        if isinstance(source, Untrained):
+            raise VMixError(f"{path}: expected an adapter or a preset, found an init file to train")
     if not isinstance(source, (Adapter, Values)):
         raise VMixError(f"expected a path, an Adapter or Values, found {type(source).__name__}")
     if isinstance(source, Values) and selection is not None:
@@ -430,14 +511,61 @@ def _open(source: Any, selection: Selection) -> Adapter | Values:
     return source
 
 
-def _check_pipeline(pipe: Any, apply_to: str) -> None:
+def _check_pipeline(pipe: Any, apply_to: str, selection: Selections) -> None:
     arguments = inspect.signature(type(pipe).__call__).parameters
     unknown = [name for name in _OTHER_BATCHES if name in arguments]
-    if unknown and apply_to != "both":
+    if not unknown:
+        return
+    batches = f"{type(pipe).__name__} (with {unknown[0]}) batches its passes in a way that"
+    if apply_to != "both":
+        raise VMixError(f"{batches} apply_to={apply_to!r} does not know; load with apply_to='both'")
+    if _is_batch(selection):
+        raise VMixError(f"{batches} a list of selections does not know; give one for all images")
+
+
+def _is_batch(selection: Selections) -> bool:
+    if isinstance(selection, (str, Mapping)) or not isinstance(selection, Sequence):
+        return False
+    return not all(isinstance(one, str) for one in selection)
+
+
+def _each(
+    selection: Selections, weights: Callable[[Any], dict[str, float]]
+) -> dict[str, float] | list[dict[str, float]]:
+    if _is_batch(selection):
+        return [weights(one) for one in selection]  # type: ignore[union-attr]
+    return weights(selection)
+
+
+def _coefficients(adapter: Adapter, selection: Selections, apply_to: str) -> _Pair:
+    """A of the two passes, [C, R] or [B, C, R]; uncond only for contrast."""
+    cond = from_dlpack(adapter.coefficients(selection))
+    if apply_to != "contrast":
+        return cond, None
+    return cond, from_dlpack(adapter.coefficients(_each(selection, adapter.opposite)))
+
+
+def _times(a: Tensor, rows: Tensor) -> Tensor:
+    """A·B in f32."""
+    if a.device.type == "cpu":
+        return a @ rows
+    # Not a product of matrices, for which GPUs may be set to use 10 bits (TF32).
+    return (a[..., None] * rows).sum(-2)
+
+
+def _fixed(source: Adapter | Values, path: str, apply_to: str) -> _Pair | None:
+    """V_a of a preset for the two passes; uncond only for contrast."""
+    if isinstance(source, Adapter):
+        return None
+    if apply_to != "contrast":
+        return from_dlpack(source[path]), None
+    uncond = source.uncond(path)
+    if uncond is None:
         raise VMixError(
-            f"{type(pipe).__name__} (with {unknown[0]}) batches its passes in a way that "
-            f"apply_to={apply_to!r} does not know; load with apply_to='both'"
+            f"apply_to='contrast' needs values for the unconditional pass, and this preset "
+            f"was saved for {source.apply_to!r}"
         )
+    return from_dlpack(source[path]), from_dlpack(uncond)
 
 
 def _cross_attentions(unet: nn.Module) -> dict[str, Any]:
@@ -475,10 +603,18 @@ def _check_layout(source: Adapter | Values, attns: Mapping[str, Any]) -> None:
             f"; {path}.to_v: expected inner_dim {ours.get(path, '(no such layer)')}, "
             f"found {theirs.get(path, '(no such layer)')}"
         )
+    made_for = _made_for(source)
+    made_for = f", made for {made_for}" if made_for else ""
     raise VMixError(
-        f"this {kind} is for {source.base} ({known}{len(ours)} layers), the pipeline's U-Net is "
-        f"{base} (context {found}, {len(theirs)} layers){first}"
+        f"this {kind} is for {source.base} ({known}{len(ours)} layers){made_for}, the pipeline's "
+        f"U-Net is {base} (context {found}, {len(theirs)} layers){first}"
     )
+
+
+def _made_for(source: Adapter | Values) -> str | None:
+    """The name of the checkpoint that an adapter was made for, where the file says it."""
+    base = source.made.get("base") if isinstance(source, Adapter) else None
+    return base if isinstance(base, str) else None
 
 
 def _check_rescaling(path: str, attn: Any) -> None:
@@ -512,41 +648,6 @@ def _check_fusing(unet: Any, attns: Mapping[str, Any]) -> None:
     lost = not replaced or any(map(fused, replaced.values()))
     undo = "set_attn_processor(AttnProcessor2_0())" if lost else "unfuse_qkv_projections()"
     raise VMixError(f"{_FUSING}: call pipe.unet.{undo} before load_vmix")
-
-
-def _values(
-    source: Adapter | Values,
-    selection: Selection,
-    apply_to: str,
-    attns: Mapping[str, Any],
-) -> dict[str, _Pair]:
-    """V_a of every layer (eq. 7), [C, inner_dim] for the two passes; uncond only for contrast."""
-    if isinstance(source, Adapter):
-        source = source.values(selection, apply_to=apply_to)  # type: ignore[arg-type]
-    values: dict[str, _Pair] = {}
-    for path in attns:
-        uncond = source.uncond(path) if apply_to == "contrast" else None
-        if apply_to == "contrast" and uncond is None:
-            raise VMixError(
-                f"apply_to='contrast' needs values for the unconditional pass, and this preset "
-                f"was saved for {source.apply_to!r}"
-            )
-        values[path] = (
-            from_dlpack(source[path]),
-            None if uncond is None else from_dlpack(uncond),
-        )
-    return values
-
-
-def _aesthetic_context(adapter: Adapter, selection: Selection, apply_to: str) -> _Pair:
-    """f_a of the two passes (eq. 6), [C, d]; uncond only for contrast."""
-    f_a = from_dlpack(adapter.project(selection))
-    if apply_to != "contrast":
-        return f_a, None
-    if adapter.projection == "difference":
-        return f_a, -f_a
-    none = dict.fromkeys((label.name for label in adapter.labels), 0.0)
-    return f_a, from_dlpack(adapter.project(none))
 
 
 def _scales(scale: Scale, paths: Mapping[str, Any]) -> dict[str, float]:

@@ -11,10 +11,10 @@ above 1e-2.
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,11 +24,18 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from diffusers import HeunDiscreteScheduler, StableDiffusionImg2ImgPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
-from oracle import two_branches
+from oracle import TwoBranches, two_branches, value_features
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from vmix import Adapter, VMixError
-from vmix.diffusers import load_vmix, set_vmix_scale, unload_vmix
+from vmix.diffusers import (
+    get_vmix,
+    list_vmix,
+    load_vmix,
+    set_vmix,
+    set_vmix_scale,
+    unload_vmix,
+)
 
 ALL = [1.0, 1.0, 1.0]
 XL_CONFIG = {
@@ -64,7 +71,7 @@ def attributes(unet: Any) -> dict[str, set[str]]:
 
 def make(unet: Any, **options: Any) -> tuple[dict[str, Tensor], Adapter]:
     tensors, metadata = tiny.adapter(unet, **options)
-    return tensors, Adapter.from_tensors(tensors, metadata)
+    return tensors, Adapter.from_matrices(tensors, metadata)
 
 
 def by_block(scales: dict[str, float], default: float = 1.0) -> Callable[[str, int], float]:
@@ -317,7 +324,7 @@ def test_stacks() -> None:
         second = tiny.run(pipe)
     bare = tiny.run(pipe)
     load_vmix(pipe, adapter)
-    load_vmix(pipe, Adapter.from_tensors(other, metadata), adapter_name="b", scale=-0.3)
+    load_vmix(pipe, Adapter.from_matrices(other, metadata), adapter_name="b", scale=-0.3)
     set_vmix_scale(pipe, 0.5)
     assert difference(tiny.run(pipe), want) < 1e-5
     unload_vmix(pipe)
@@ -330,69 +337,6 @@ def test_stacks() -> None:
         set_vmix_scale(pipe, 1.0)
 
 
-@pytest.mark.parametrize("projection", ["learned", "difference"])
-@pytest.mark.parametrize("with_lora", [False, True])
-def test_value_weights_of_the_base(projection: str, with_lora: bool) -> None:
-    """V_a = f_a·W_Vᵀ with the layer as it is, LoRA included, whatever else is loaded."""
-    pipe = tiny.pipeline()
-    tensors, metadata = tiny.adapter(pipe.unet)
-    other = Adapter.from_tensors(tensors, metadata)
-    tensors = {k: v for k, v in tensors.items() if "to_v_aes" not in k}
-    if projection == "difference":
-        tensors = {"aes_emb": tensors["aes_emb"], "projection.gain": torch.tensor([0.5, 1.0, 2.0])}
-    to_vs = {path: pipe.unet.get_submodule(path).to_v for path in other.values()}
-    metadata |= {
-        "vmix.projection": projection,
-        "vmix.value_weights": "base",
-        "vmix.inner_dims": json.dumps({path: to_v.out_features for path, to_v in to_vs.items()}),
-    }
-    adapter = Adapter.from_tensors(tensors, metadata)
-    if with_lora:
-        pipe.load_lora_weights(tiny.lora(pipe.unet))
-    for path in to_vs:
-        to_v = pipe.unet.get_submodule(path).to_v
-        identity = torch.eye(tiny.CONTEXT)
-        tensors[f"{path}.to_v_aes.weight"] = to_v(identity).T
-    with two_branches(pipe.unet, tensors, ALL, apply_to="contrast"):
-        want = tiny.run(pipe)
-    load_vmix(pipe, other, adapter_name="other", scale=0.0)
-    load_vmix(pipe, adapter, apply_to="contrast")
-    assert difference(tiny.run(pipe), want) < 1e-5
-
-
-def test_value_weights_of_a_base_that_changes() -> None:
-    """LoRAs that come, change and go after `load_vmix`, and other weights in the same place."""
-    pipe = tiny.pipeline()
-    tensors, _ = tiny.adapter(pipe.unet)
-    paths = [key.removesuffix(".to_v_aes.weight") for key in tensors if "to_v_aes" in key]
-    load_vmix(pipe, of_base_weights(pipe.unet), apply_to="contrast", scale=0.7)
-
-    def check() -> Tensor:
-        plain = copy.deepcopy(pipe)
-        unload_vmix(plain)
-        for path in paths:
-            to_v = plain.unet.get_submodule(path).to_v
-            tensors[f"{path}.to_v_aes.weight"] = to_v(torch.eye(tiny.CONTEXT)).T.detach()
-        with two_branches(plain.unet, tensors, ALL, apply_to="contrast", strength=0.7):
-            want = tiny.run(plain)
-        got = tiny.run(pipe)
-        assert difference(got, want) < 1e-5
-        return got
-
-    seen = [check()]
-    pipe.load_lora_weights(tiny.lora(pipe.unet), adapter_name="style")
-    seen.append(check())
-    pipe.set_adapters(["style"], [0.3])
-    seen.append(check())
-    pipe.unload_lora_weights()
-    assert torch.equal(check(), seen[0])
-    with torch.no_grad():
-        for path in paths:
-            pipe.unet.get_submodule(path).to_v.weight.mul_(-1)
-    seen.append(check())
-    assert all(difference(a, b) > 1e-3 for a, b in itertools.pairwise(seen))
-
-
 # One cross-attention and what a U-Net cannot do without: tracing takes a while for every operation.
 TRACED = {
     "block_out_channels": (32,),
@@ -402,38 +346,11 @@ TRACED = {
 }
 
 
-def test_value_weights_of_a_compiled_base() -> None:
-    torch._dynamo.reset()
-    pipe, backend = tiny.pipeline(), CompileCounter()
-    pipe.unet = tiny.unet(**TRACED)
-    adapter = of_base_weights(pipe.unet)
-    load_vmix(pipe, adapter)
-    want = [tiny.run(pipe)]
-    set_vmix_scale(pipe, 0.5)
-    want.append(tiny.run(pipe))
-    pipe.unet.compile(backend=backend, fullgraph=True)
-    set_vmix_scale(pipe, 1.0)
-    assert difference(tiny.run(pipe), want[0]) < 1e-5
-    compilations = backend.frame_count
-    set_vmix_scale(pipe, 0.5)
-    assert difference(tiny.run(pipe), want[1]) < 1e-5
-    assert backend.frame_count == compilations > 0, "a new scale compiled anew"
-
-
-def of_base_weights(unet: Any) -> Adapter:
-    tensors, metadata = tiny.adapter(unet)
-    paths = [key.removesuffix(".to_v_aes.weight") for key in tensors if "to_v_aes" in key]
-    widths = {path: unet.get_submodule(path).to_v.out_features for path in paths}
-    metadata |= {"vmix.value_weights": "base", "vmix.inner_dims": json.dumps(widths)}
-    return Adapter.from_tensors({k: v for k, v in tensors.items() if "to_v" not in k}, metadata)
-
-
-def test_value_weights_of_an_offloaded_base() -> None:
+def test_an_offloaded_base() -> None:
     from accelerate import cpu_offload
-    from accelerate.hooks import remove_hook_from_module
 
     pipe = tiny.pipeline()
-    adapter = of_base_weights(pipe.unet)
+    _, adapter = make(pipe.unet)
     load_vmix(pipe, adapter)
     want = tiny.run(pipe)
     unload_vmix(pipe)
@@ -444,20 +361,212 @@ def test_value_weights_of_an_offloaded_base() -> None:
     assert torch.equal(tiny.run(pipe), want)
 
 
-def test_value_weights_of_a_base_in_8_bits() -> None:
+def test_a_base_in_8_bits() -> None:
     pipe = tiny.pipeline()
-    adapter = of_base_weights(pipe.unet)
+    _, adapter = make(pipe.unet)
     pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     bare = tiny.run(pipe)
     load_vmix(pipe, adapter)
     mixed = tiny.run(pipe)
-    assert mixed.isfinite().all()
     assert difference(mixed, bare) > 1e-3
     # The same weights, rounded to 8 bits, in a plain f32 U-Net.
     plain = tiny.pipeline()
     plain.unet.load_state_dict({k: v.float() for k, v in pipe.unet.state_dict().items()})
     load_vmix(plain, adapter)
     assert difference(tiny.run(plain), mixed) < 1e-5
+
+
+@contextmanager
+def paper_with(unet: Any, rows: Callable[[str, int], list[Tensor | None]]) -> Iterator[None]:
+    """The paper's attention with V_a of every row of a batch, by a layer's path and the call."""
+    before = dict(unet.attn_processors)
+
+    def processor(path: str, wrapped: Any) -> TwoBranches:
+        made = TwoBranches(lambda _: rows(path, made.calls - 1), lambda _: 1.0, wrapped)
+        return made
+
+    unet.set_attn_processor(
+        {
+            name: processor(name.removesuffix(".processor"), old) if "attn2" in name else old
+            for name, old in before.items()
+        }
+    )
+    try:
+        yield
+    finally:
+        unet.set_attn_processor(before)
+
+
+@pytest.mark.parametrize("apply_to", ["cond", "both", "contrast"])
+@pytest.mark.parametrize(
+    ("kind", "call", "parts"),
+    [
+        ("sd", {"batch": 2}, 2),
+        ("sd", {"batch": 2, "num_images_per_prompt": 2}, 2),
+        ("sd", {"batch": 2, "tokens": 154}, 2),
+        ("sd", {"batch": 2, "guidance_scale": 1.0}, 1),
+        ("pag", {"batch": 2, "pag_scale": 3.0}, 3),
+        ("xl", {"batch": 2}, 2),
+    ],
+    ids=["guided", "images per prompt", "154 tokens", "unguided", "pag", "xl"],
+)
+def test_every_image_has_its_own_weights(
+    kind: str, call: dict[str, Any], parts: int, apply_to: Any
+) -> None:
+    pipe = tiny.pipeline(kind)
+    tensors, adapter = make(pipe.unet)
+    repeats = call.get("num_images_per_prompt", 1)
+    weights = [w for w in ([1.5, 0.0, 0.0], [0.0, -0.5, 1.0]) for _ in range(repeats)]
+
+    def rows(path: str, _: int) -> list[Tensor | None]:
+        w_va = tensors[f"{path}.to_v_aes.weight"]
+        cond: list[Tensor | None] = [value_features(tensors, one) @ w_va.T for one in weights]
+        opposite = value_features(tensors, [0.0] * 3) @ w_va.T  # of labels without a neutral weight
+        of_policy = {"cond": [None], "both": cond, "contrast": [opposite]}[apply_to]
+        uncond = (of_policy * len(weights))[: len(weights)] if parts > 1 else []
+        return uncond + cond * max(1, parts - 1)
+
+    with paper_with(pipe.unet, rows):
+        want = tiny.run(pipe, **call)
+    load_vmix(pipe, adapter, [{"light": 1.5}, {"color": -0.5, "focus": 1.0}], apply_to=apply_to)
+    got = tiny.run(pipe, **call)
+    assert difference(got, want) < 1e-5
+    # The same, set on an adapter that was loaded with one selection; and back again.
+    load_vmix(pipe, adapter, "light", apply_to=apply_to)
+    one = tiny.run(pipe, **call)
+    set_vmix(pipe, [{"light": 1.5}, {"color": -0.5, "focus": 1.0}])
+    assert torch.equal(tiny.run(pipe, **call), got)
+    set_vmix(pipe, ["light"])
+    assert torch.equal(tiny.run(pipe, **call), one)
+    assert difference(got, one) > 1e-3
+    set_vmix(pipe, ["light", {"color": 1.0}, None])
+    with pytest.raises(VMixError, match=rf"3 selections were set for a batch of {2 * repeats} im"):
+        tiny.run(pipe, **call)
+
+
+def test_weights_may_change_at_every_step() -> None:
+    """In a callback, against the paper's attention with other weights in every call."""
+    pipe = tiny.pipeline()
+    tensors, adapter = make(pipe.unet)
+    at_step = [[1.0, 0.0, 0.0], [0.0, 1.3, 0.0], [0.5, 0.5, -0.2]]
+    load_vmix(pipe, adapter, "light")
+
+    def next_weights(_: Any, step: int, __: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        set_vmix(pipe, dict(zip(tiny.LABELS, at_step[(step + 1) % 3], strict=True)))
+        return kept
+
+    got = tiny.run(pipe, callback_on_step_end=next_weights)
+    unload_vmix(pipe)
+
+    def rows(path: str, call: int) -> list[Tensor | None]:
+        w_va = tensors[f"{path}.to_v_aes.weight"]
+        return [None, value_features(tensors, at_step[call]) @ w_va.T]
+
+    with paper_with(pipe.unet, rows):
+        assert difference(got, tiny.run(pipe)) < 1e-5
+
+
+def test_get_and_list() -> None:
+    pipe = tiny.pipeline()
+    _, adapter = make(pipe.unet)
+    assert list_vmix(pipe) == []
+    load_vmix(pipe, adapter, {"light": 0.5}, scale={"mid": 0.3}, apply_to="both", end=0.8)
+    load_vmix(pipe, adapter.values("color"), adapter_name="preset")
+    load_vmix(pipe, adapter, [{"light": 1.0}, None], adapter_name="two")
+    assert list_vmix(pipe) == ["default", "preset", "two"]
+    assert get_vmix(pipe) == {
+        "weights": {"light": 0.5, "color": 0.0, "focus": 0.0},
+        "scale": {"mid": 0.3},
+        "apply_to": "both",
+        "start": 0.0,
+        "end": 0.8,
+    }
+    assert get_vmix(pipe, "preset")["weights"] == {"light": 0.0, "color": 1.0, "focus": 0.0}
+    assert get_vmix(pipe, "two")["weights"] == [
+        {"light": 1.0, "color": 0.0, "focus": 0.0},
+        {"light": 1.0, "color": 1.0, "focus": 1.0},
+    ]
+    set_vmix(pipe, "none")
+    set_vmix_scale(pipe, 2)
+    assert get_vmix(pipe)["weights"] == dict.fromkeys(tiny.LABELS, 0.0)
+    assert get_vmix(pipe)["scale"] == 2
+    with pytest.raises(VMixError, match=r"preset holds one selection and cannot take another"):
+        set_vmix(pipe, "light", "preset")
+    with pytest.raises(VMixError, match=r"no VMix adapter 'other'"):
+        get_vmix(pipe, "other")
+
+
+def test_a_linear_adapter() -> None:
+    """Against rows and coefficients added up by hand, as the values of a preset would be."""
+    pipe = tiny.pipeline()
+    _, adapter = make(pipe.unet)
+    draw = torch.Generator().manual_seed(7)
+    sides = [("light", "positive"), ("light", "negative"), ("color", "positive")]
+    sides += [("color", "negative"), ("focus", "positive"), ("focus", "negative")]
+    labels = [
+        {"name": n, "positive": [n], "negative": [""], "default": 0, "neutral": 0, "range": [-1, 1]}
+        for n in tiny.LABELS
+    ]
+    profile = torch.randn(77, 6, generator=draw)
+    rows = {
+        f"{layer.name}.rows": torch.randn(6, layer.inner_dim, generator=draw)
+        for layer in adapter.layers
+    }
+    made = {"method": "fitted", "base": "tiny model"}
+    metadata = adapter.metadata | {
+        "vmix.coefficients": "linear",
+        "vmix.labels": json.dumps(labels),
+        "vmix.rows": json.dumps([{"label": label, "side": side} for label, side in sides]),
+        "vmix.made": json.dumps(made),
+    }
+    linear = Adapter.from_tensors({"profile": profile, **rows}, metadata)
+    bare = tiny.run(pipe)
+    load_vmix(pipe, linear, {"light": 0.7, "focus": -0.4}, apply_to="contrast")
+    got = tiny.run(pipe)
+
+    def v_a(path: str, light: float, focus: float) -> Tensor:
+        b = rows[f"{path}.rows"]
+        first = profile[:, 0:1] @ b[0:1] if light > 0 else profile[:, 1:2] @ b[1:2]
+        last = profile[:, 4:5] @ b[4:5] if focus > 0 else profile[:, 5:6] @ b[5:6]
+        return abs(light) * first + abs(focus) * last
+
+    unload_vmix(pipe)
+    with paper_with(pipe.unet, lambda path, _: [v_a(path, -0.7, 0.4), v_a(path, 0.7, -0.4)]):
+        assert difference(got, tiny.run(pipe)) < 1e-5
+    load_vmix(pipe, linear)  # all labels at 0
+    assert torch.equal(tiny.run(pipe), bare)
+
+
+def test_says_what_a_fitted_adapter_was_made_for(caplog: Any) -> None:
+    pipe = tiny.pipeline()
+    _, adapter = make(pipe.unet)
+    load_vmix(pipe, adapter)
+    assert not caplog.messages
+    made = adapter.metadata | {"vmix.made": '{"method": "fitted", "base": "dream shaper"}'}
+    load_vmix(pipe, Adapter.from_tensors(adapter.tensors(), made))
+    assert caplog.messages == ["VMix: this adapter was fitted on dream shaper"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_overflows_name_label_layer_and_scale(dtype: torch.dtype) -> None:
+    """Before a picture is drawn, and what was set before stays."""
+    pipe = tiny.pipeline()
+    pipe.to(dtype)
+    _, adapter = make(pipe.unet)
+    load_vmix(pipe, adapter, {"light": 1.0})
+    want = tiny.run(pipe)
+    scale = 1e5 if dtype == torch.float16 else 1e38
+    message = (
+        r"layer (down|mid|up)_block\S+attn2: expected values that torch\.float\d+ can hold, found "
+        r"more: label 'color' at weight 10, scale "
+    )
+    with pytest.raises(VMixError, match=message + re.escape(f"{scale:g}")):
+        load_vmix(pipe, adapter, {"color": 10.0}, scale=scale)
+    set_vmix(pipe, {"color": 10.0})
+    with pytest.raises(VMixError, match=message + re.escape(f"{scale:g}")):
+        set_vmix_scale(pipe, scale)
+    set_vmix(pipe, {"light": 1.0})
+    assert torch.equal(tiny.run(pipe), want)
 
 
 @pytest.mark.parametrize("in_place", [False, True])
@@ -478,6 +587,8 @@ def test_compiled(first: str, in_place: bool) -> None:
     ]:
         with two_branches(unet, tensors, ALL, **told):
             want[name] = tiny.run(pipe, **call)
+    with two_branches(unet, tensors, [0.5, 0.0, 0.0]):
+        want["weights"] = tiny.run(pipe)
 
     def compiled() -> None:
         if in_place:
@@ -503,7 +614,10 @@ def test_compiled(first: str, in_place: bool) -> None:
     assert same("unguided half")
     set_vmix_scale(pipe, 0.0)
     assert same("bare")
-    assert backend.frame_count == compilations > 0, "a new scale compiled anew"
+    set_vmix_scale(pipe, 1.0)
+    set_vmix(pipe, {"light": 0.5})
+    assert same("weights")
+    assert backend.frame_count == compilations > 0, "a new scale or new weights compiled anew"
     unload_vmix(pipe)
     assert same("bare")
     load_vmix(pipe, adapter, start=0.3)
@@ -725,14 +839,14 @@ def test_refuses_another_base() -> None:
         (
             sdxl,
             for_sd15,
-            r"^this adapter is for sd15 \(context 768, 16 layers\), the pipeline's U-Net is sdxl "
-            r"\(context 2048, 70 layers\)",
+            r"^this adapter is for sd15 \(context 768, 16 layers\), made for tiny, the pipeline's "
+            r"U-Net is sdxl \(context 2048, 70 layers\)",
         ),
         (
             sd15,
             for_tiny,
-            r"^this adapter is for other \(context 32, 7 layers\), the pipeline's U-Net is sd15 "
-            r"\(context 768, 16 layers\)",
+            r"^this adapter is for other \(context 32, 7 layers\), made for tiny, the pipeline's "
+            r"U-Net is sd15 \(context 768, 16 layers\)",
         ),
         (
             tiny.unet(),

@@ -144,7 +144,7 @@ def adapter(
     tokens: int = 77,
     seed: int = 3,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of an adapter for every cross-attention of `model`."""
+    """The paper's matrices for every cross-attention of `model`, and metadata for them."""
     draw = torch.Generator().manual_seed(seed)
     paths = {
         name.removesuffix(".to_v"): module
@@ -170,27 +170,18 @@ def adapter(
         {
             "name": name,
             "dimension": name,
-            "positive": f"good {name}",
-            "negative": "[V]",
-            "default": 1.0,
-            "neutral": None,
-            "display_names": {},
+            "positive": [f"good {name}"],
+            "negative": ["[V]"],
         }
         for name in LABELS
     ]
     metadata = {
-        "vmix.format": "1",
-        "vmix.kind": "adapter",
         "vmix.base": base,
         "vmix.labels": json.dumps(labels),
         "vmix.context_tokens": str(tokens),
-        "vmix.context_dim": str(d),
-        "vmix.feature": "context_eot",
         "vmix.norm_eps": "1e-5",
-        "vmix.projection": "learned",
-        "vmix.value_weights": "own",
         "vmix.apply_to": apply_to,
-        "vmix.trained": "no",
+        "vmix.made": json.dumps({"method": "trained", "base": "tiny"}),
     }
     if base == "other":
         names = {name: f"block_{i}.transformer_blocks.0.attn2" for i, name in enumerate(paths)}
