@@ -2,9 +2,9 @@
 
     python examples/demo/teachers.py
 
-Two teachers: the base with colour words in its prompt (`--objective text-pairs`), measured as
-examples/demo/training_free.py measures; and the base with one slider LoRA per label (`--objective
-lora`), measured by each label's own measure, alone and two at a time. Trainings are kept in --work.
+Two teachers: the base with colour words in its prompt (`--objective text-pairs`), measured by
+hues.py; and the base with one slider LoRA per label (`--objective lora`), measured by each label's
+own measure, alone and two at a time. Trainings are kept in --work.
 """
 
 from __future__ import annotations
@@ -31,14 +31,7 @@ from demo import (
     generate,
     open_pipeline,
 )
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from objects import ObjectClassifier
-from report import FIDELITY, MEASURES, PROMPTS, cell, colour_of, concept_of, interval, rows
-from report import PAIRS as PROMPT_PAIRS
-from report import measured as judged
-from tqdm.auto import tqdm
-from training_free import (
+from hues import (
     COLOURS,
     FOUND,
     GRID,
@@ -60,7 +53,14 @@ from training_free import (
     steered,
     summary,
 )
-from vmix import Adapter, init_adapter
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from objects import ObjectClassifier
+from report import FIDELITY, MEASURES, PROMPTS, cell, colour_of, concept_of, interval, rows
+from report import PAIRS as PROMPT_PAIRS
+from report import measured as judged
+from tqdm.auto import tqdm
+from vmix import Adapter
 from vmix.diffusers import load_vmix, unload_vmix
 
 HELD_OUT = OBJECTS[1::2]  # of the measured objects, those that no training prompt names
@@ -74,7 +74,7 @@ PAIRS = {  # options of every training from text pairs, and strengths λ it is m
     ),
 }
 MAIN = "pairs"
-FREE_SCALES = (1.0, 2.0, 3.0)
+AGAINST = "against the teacher"
 TEACHER = (0.5, 2.0, 3.0)  # η; 1 is the word in the prompt
 OPPOSED = ("red", "blue")  # of the two-sided label, w = 1 and w = 0
 SIDES = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -193,16 +193,12 @@ def halves(words: Words, bare: Images) -> dict[str, dict[str, Spread]]:
 def study_words(work: Path, model: Path) -> tuple[dict[str, Any], Any]:
     pairs = [(article(name), SEED + index) for index, name in enumerate(OBJECTS)]
     pipe = open_pipeline(model)
-    free = init_adapter(model, [f"{word}: {word}" for word in COLOURS], training_free=True)
-    levels = sum(len(scales) for _, scales in PAIRS.values()) + len(FREE_SCALES) + len(TEACHER) + 1
+    levels = sum(len(scales) for _, scales in PAIRS.values()) + len(TEACHER) + 1
     total = (levels * len(COLOURS) + 1 + len(SIDES)) * len(pairs)
     made: dict[str, dict[str, Words]] = {}
     with tqdm(total=total, desc="words", unit="") as bar:
         bare = generate(pipe, pairs, bar)
         prompted = named(pipe, pairs, OBJECTS, bar)
-        made["training-free"] = steered(
-            pipe, free, COLOURS, pairs, {f"{s:g}": s for s in FREE_SCALES}, bar
-        )
         for name, (_, scales) in PAIRS.items():
             made[name] = steered(
                 pipe, adapter_of(work, name), COLOURS, pairs, {f"{s:g}": s for s in scales}, bar
@@ -223,21 +219,14 @@ def study_words(work: Path, model: Path) -> tuple[dict[str, Any], Any]:
     made["teacher"] = dict(sorted({**made["teacher"], "1": prompted}.items(), key=_by_number))
 
     unsteered = measured(dict.fromkeys(COLOURS, bare), bare)
-    curves = {
-        name: [unsteered, *(measured(words, bare) for words in kinds.values())]
-        for name, kinds in made.items()
-        if len(kinds) > 2
-    }
+    curve = [unsteered, *(measured(words, bare) for words in made["teacher"].values())]
 
     def row(words: Words, name: str) -> dict[str, Any]:
         values = measured(words, bare)
         told: dict[str, Any] = summary(values)
         told["halves"] = halves(words, bare)
-        told["against"] = {
-            other: against(values, curve)
-            for other, curve in curves.items()
-            if other in ("training-free", "teacher") and other != name
-        }
+        if name != "teacher":
+            told[AGAINST] = against(values, curve)
         return told
 
     result = {
@@ -245,7 +234,7 @@ def study_words(work: Path, model: Path) -> tuple[dict[str, Any], Any]:
             "labels": list(COLOURS), "prompts": [prompt for prompt, _ in pairs],
             "seeds": [seed for _, seed in pairs], "held out": list(HELD_OUT),
             "steps": STEPS, "guidance": GUIDANCE,
-            "trained": {n: json.loads(adapter_of(work, n).trained) for n in (*PAIRS, "opposed")},
+            "trained": {n: adapter_of(work, n).made for n in (*PAIRS, "opposed")},
         },
         "unsteered": summary(unsteered),
         "rows": {
@@ -268,18 +257,15 @@ def _by_number(item: tuple[str, Any]) -> float:
 
 
 def draw_words(bare: Images, made: Mapping[str, Mapping[str, Words]]) -> Any:
-    shown = GRID[:6]
-
     def column(words: Words) -> Images:
-        return np.stack([words[word][OBJECTS.index(name)] for word, name in shown])
+        return np.stack([words[word][OBJECTS.index(name)] for word, name in GRID])
 
     columns = [("unsteered", "", column(dict.fromkeys(COLOURS, bare)))]
     columns += [("η = 1", "word in prompt", column(made["teacher"]["1"]))]
     columns += [("η = 2", "teacher", column(made["teacher"]["2"]))]
-    columns += [("λ = 2", "training-free", column(made["training-free"]["2"]))]
     columns += [(f"λ = {s}", "text pairs", column(made[MAIN][s])) for s in ("0.5", "1", "2")]
-    names = [f"{name}, {word}" for word, name in shown]
-    return draw_grid(columns, names, [("base", 1), ("teacher", 2), ("free", 1), ("pairs", 3)])
+    names = [f"{name}, {word}" for word, name in GRID]
+    return draw_grid(columns, names, [("base", 1), ("teacher", 2), ("pairs", 3)])
 
 
 def plot_words(result: Mapping[str, Any], path: Path) -> None:
@@ -295,7 +281,6 @@ def plot_words(result: Mapping[str, Any], path: Path) -> None:
     lines = (
         (MAIN, "#0969da", "text pairs, by λ", -6),
         ("teacher", INK, "the teacher, by η; star: the word in the prompt", 6),
-        ("training-free", "#8c959f", "training-free, by λ", 6),
     )
     for key, colour, label, aside in lines:
         curve = {"0": start, **result["rows"][key]}
@@ -376,7 +361,7 @@ def study_loras(work: Path, model: Path, cache: Path) -> tuple[dict[str, Any], A
         "settings": {
             "prompts": list(PROMPTS), "seeds": [seed for _, seed in pairs],
             "steps": STEPS, "guidance": GUIDANCE,
-            "trained": json.loads(adapter.trained), "apply_to": adapter.apply_to,
+            "trained": adapter.made, "apply_to": adapter.apply_to,
             "sizes": {
                 "VMix": (work / "loras" / "vmix.safetensors").stat().st_size,
                 "LoRAs": sum(
@@ -436,7 +421,6 @@ def draw_loras(bare: Images, images: Mapping[str, Mapping[str, Images]]) -> Any:
 # --- writing -------------------------------------------------------------------------------------
 
 ROWS = {
-    "training-free": ("training-free start", "λ"),
     "teacher": ("the teacher", "η"),
     "pairs": ("text pairs, 500 steps", "λ"),
     "pairs-long": ("text pairs, 1,000 steps", "λ"),
@@ -448,13 +432,11 @@ NOTES = {
     "words": """\
 The label does what it was taught, in part. After 500 steps and at λ = 1 the share of the hue goes
 from 0.19 to 0.59 in pictures that are 0.91 like the unsteered ones: within intervals what the
-training-free start and the teacher have at that likeness. At λ = 2 it is 0.69, which is short of
-the word in the prompt, the teacher at η = 1 (0.82), in pictures that are more alike (0.84 against
-0.79). Twice the steps give the same. By these numbers the training-free start is no worse; in the
-pictures it washes objects out and text pairs do not. Colours differ: at λ = 2 blue has 0.84,
-yellow 0.60. Objects that no training prompt named do as well as those that were named, within
-intervals of some ±0.15. A teacher pushed twice as far (η = 2, and fewer steps) did not help: at
-λ = 1 the label falls behind.""",
+teacher has at that likeness. At λ = 2 it is 0.69, which is short of the word in the prompt, the
+teacher at η = 1 (0.82), in pictures that are more alike (0.84 against 0.79). Twice the steps give
+the same. Colours differ: at λ = 2 blue has 0.84, yellow 0.60. Objects that no training prompt named
+do as well as those that were named, within intervals of some ±0.15. A teacher pushed twice as far
+(η = 2, and fewer steps) did not help: at λ = 1 the label falls behind.""",
     "opposed": """\
 Both ends do what they say, and w = ½ leaves pictures nearly as they were.""",
     "loras": """\
@@ -475,9 +457,7 @@ files and no more.""",
 
 
 def words_text(r: Mapping[str, Any]) -> str:
-    lines = [
-        ["unsteered", "", *(spread(r["unsteered"][m]) for m in (SHARE, FOUND)), "1", "", "", ""]
-    ]
+    lines = [["unsteered", "", *(spread(r["unsteered"][m]) for m in (SHARE, FOUND)), "1", "", ""]]
     for name, (title, sign) in ROWS.items():
         for place, (scale, row) in enumerate(r["rows"].get(name, {}).items()):
             note = ", the word in the prompt" if (name, scale) == ("teacher", "1") else ""
@@ -486,15 +466,12 @@ def words_text(r: Mapping[str, Any]) -> str:
                     "" if place else title,
                     f"{sign} = {scale}{note}",
                     *(spread(row[m]) for m in (SHARE, FOUND, LIKE)),
-                    *(
-                        spread(row["against"][other], "+") if other in row["against"] else ""
-                        for other in ("training-free", "teacher")
-                    ),
+                    spread(row[AGAINST], "+") if AGAINST in row else "",
                     " / ".join(f"{row['halves'][h][SHARE]['mean']:.2f}" for h in row["halves"]),
                 ]
             )
     header = ["", "", "share of the hue", "main hue is right", "like unsteered"]
-    header += ["against training-free", "against the teacher", "seen / held out"]
+    header += [AGAINST, "seen / held out"]
     return rows(header, lines)
 
 
@@ -558,23 +535,22 @@ Square brackets are 95 % bootstrap intervals over objects or prompts. What the o
 the base with VMix and the bare prompt. Labels are six colour words, in one adapter, learned with
 {trained["prompts"]} prompts "a {{words}} …" and {trained["samples_per_prompt"]} pictures of each,
 half of them drawn with one of the words; batches of {trained["batch_size"]}, learning rate
-{trained["learning_rate"]:g}. Measured is as for
-[labels without training](../../training-free/README.md): the share of the object's coloured pixels
-that have the asked hue, and the correlation of luma with the unsteered picture of the same noise,
-over sixteen objects with seeds of their own. Eight of them
+{trained["learning_rate"]:g}. Measured are the share
+of the object's coloured pixels that have the asked hue, and the correlation of luma with the
+unsteered picture of the same noise, over sixteen objects with seeds of their own. Eight of them
 ({", ".join(words["settings"]["held out"])}) are in no training prompt.
 
 ![Share of the asked hue against likeness to the unsteered picture](curve.png)
 
 {words_text(words)}
 
-"Against" is the share less that of another row's curve where its pictures are as like the unsteered
+"Against" is the share less that of the teacher's curve where its pictures are as like the unsteered
 ones. The teacher at η samples with its prediction in the conditional pass. The last column is the
 share on objects that training prompts named and on those that they did not.
 
 {NOTES["words"]}
 
-![Six objects: unsteered, the teacher, training-free, text pairs](words.png)
+![Six objects: unsteered, the teacher, text pairs](words.png)
 
 ### Two sides
 

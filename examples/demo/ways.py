@@ -1,4 +1,4 @@
-"""Four ways to a label: its words in the prompt, a training-free adapter, text pairs, training.
+"""Three ways to a label: its words in the prompt, text pairs, training on pictures.
 
 For the report. One label at a time is positive in one picture and negative in another of
 the same prompt and noise; the effect is the difference in the label's own measure.
@@ -15,7 +15,7 @@ import yaml
 from demo import GUIDANCE, HERE, Images, Pair, every, generate, with_vmix
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from vmix import Adapter, init_adapter
+from vmix import Adapter
 
 Values = Mapping[str, NDArray[np.float64]]
 Interval = Callable[[NDArray[np.float64]], dict[str, float]]
@@ -24,27 +24,18 @@ Side = tuple[Images, Images]  # a label positive, negative
 WORDS: dict[str, dict[str, str]] = yaml.safe_load((HERE / "words.yaml").read_text("utf-8"))
 GUIDANCES = (GUIDANCE, 7.5)
 SCALES = (0.5, 1.0, 1.5, 2.0)
-PROMPT, FREE, PAIRS, TRAINED = (
-    "words in the prompt", "training-free", "text pairs", "trained on pictures",
-)  # fmt: skip
-INKS = {PROMPT: "#1f2328", FREE: "#bc4c00", PAIRS: "#8250df", TRAINED: "#0969da"}
-
-
-def adapters(model: Path, trained: Adapter, pairs: Path) -> dict[str, Adapter]:
-    """By way; the training-free one is told apart by the same words as the text pairs."""
-    texts = [f"{name}: {w['positive']} | {w['negative']}" for name, w in WORDS.items()]
-    free = init_adapter(model, texts, training_free=True)
-    return {FREE: free, PAIRS: Adapter.open(pairs), TRAINED: trained}
+PROMPT, PAIRS, TRAINED = "words in the prompt", "text pairs", "trained on pictures"
+INKS = {PROMPT: "#1f2328", PAIRS: "#8250df", TRAINED: "#0969da"}
 
 
 def sides(way: str, adapter: Adapter, label: str) -> tuple[dict[str, float], dict[str, float]]:
     """Selections with the label positive and negative.
 
     The others are where they change nothing; a trained adapter has no such place, there they are
-    positive, as in most of its uses. A training-free label is at 0 there, and opposed at -1.
+    positive, as in most of its uses.
     """
     rest = every(adapter) if way == TRAINED else {x.name: x.neutral or 0.0 for x in adapter.labels}
-    return {**rest, label: 1.0}, {**rest, label: -1.0 if way == FREE else 0.0}
+    return {**rest, label: 1.0}, {**rest, label: 0.0}
 
 
 def pictures(
@@ -126,6 +117,6 @@ def plot(result: Mapping[str, Any], drawn: Mapping[str, float], path: Path) -> N
         axis.set_xlabel("λ")
         axis.set_xticks(SCALES)
     canvas.legend(
-        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False
     )
     canvas.savefig(path)

@@ -54,7 +54,7 @@ def test_sides_of_a_label_by_way() -> None:
     adapter = SimpleNamespace(labels=labels)
     assert ways.sides(ways.TRAINED, adapter, "b") == ({"a": 1, "b": 1}, {"a": 1, "b": 0})
     assert ways.sides(ways.PAIRS, adapter, "b") == ({"a": 0.5, "b": 1}, {"a": 0.5, "b": 0})
-    assert ways.sides(ways.FREE, adapter, "a") == ({"a": 1, "b": 0}, {"a": -1, "b": 0})
+    assert ways.sides(ways.PAIRS, adapter, "a") == ({"a": 1, "b": 0}, {"a": 0, "b": 0})
 
 
 def test_words_are_those_of_captions() -> None:

@@ -20,7 +20,6 @@ sys.path[:0] = [str(DEMO), str(DEMO / "base")]
 
 baselines: Any = import_module("baselines")
 teachers: Any = import_module("teachers")
-training_free: Any = import_module("training_free")
 demo: Any = import_module("demo")
 
 
@@ -138,11 +137,3 @@ def test_docs_are_what_the_report_says(module: Any, folder: str) -> None:
     assert (docs / "README.md").read_text(encoding="utf-8") == module.text(result)
     for name in ("grid.png", "words.png", "curve.png", "loras.png", "strength.png"):
         assert (docs / name).is_file() == (name in module.text(result))
-
-
-def test_tables_without_training_are_what_the_report_says() -> None:
-    docs = ROOT / "docs" / "training-free"
-    result = json.loads((docs / "report.json").read_text(encoding="utf-8"))
-    page = (docs / "README.md").read_text(encoding="utf-8")
-    assert training_free.strength_table(result) in page
-    assert training_free.variants_table(result) in page

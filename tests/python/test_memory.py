@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
 from vmix import unet_layers
-from vmix.train import memory
+from vmix.train import memory, model
 from vmix.train.memory import CONFIGS, Kernels, estimate
 from vmix.train.model import LORA_LAYERS, trained_parameters
 
@@ -73,7 +73,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     functions = (memory._step, memory._denoiser, memory._encoders, memory._encoding)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "CONFIGS", folder)
-        patch.setattr(memory, "unet_layers", lambda _: layers)
+        patch.setattr(model, "unet_layers", lambda _: layers)
         for function in functions:
             function.cache_clear()
         yield
@@ -235,7 +235,7 @@ def lora_size(unet: nn.Module, rank: int) -> int:
 def test_published_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters of SD1.5 and SDXL as they are published, in the precision asked for."""
     monkeypatch.setattr(memory, "CONFIGS", CONFIGS)
-    monkeypatch.setattr(memory, "unet_layers", unet_layers)
+    monkeypatch.setattr(model, "unet_layers", unet_layers)
     for name in ("_denoiser", "_encoders"):
         monkeypatch.setattr(memory, name, cache(getattr(memory, name).__wrapped__))
     monkeypatch.setattr(memory, "_step", lambda *_: np.zeros(2))
@@ -311,7 +311,7 @@ MEASURE = """
 import sys
 import torch
 from vmix import unet_layers
-from vmix.train import memory
+from vmix.train import memory, model
 from vmix.train.model import trained_parameters
 
 torch.set_num_threads(1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import os
 import pathlib
@@ -16,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import oracle
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,101 +24,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 LABELS = ["vibrant color", "sharp focus"]
-DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
-UP = "up_blocks.0.attentions.0.transformer_blocks.0.attn2"
-
-
-def parts(dim: int = 6, tokens: int = 5, width: int = 8) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors and metadata of a small adapter of a U-Net without a table."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    labels = [{"name": n, "positive": n, "negative": f"rare{i}"} for i, n in enumerate(LABELS)]
-    metadata = {
-        "vmix.format": "1",
-        "vmix.kind": "adapter",
-        "vmix.base": "other",
-        "vmix.labels": json.dumps(labels),
-        "vmix.context_tokens": str(tokens),
-        "vmix.context_dim": str(dim),
-        "vmix.feature": "context_eot",
-        "vmix.norm_eps": "1e-5",
-        "vmix.projection": "learned",
-        "vmix.value_weights": "own",
-        "vmix.apply_to": "both",
-        "vmix.trained": "no",
-        "vmix.ldm_names": json.dumps({DOWN: "input_blocks.1.1.a", UP: "output_blocks.0.1.a"}),
-    }
-    tensors = {
-        "aes_emb": randn(2, 2, dim),
-        "projection.linear.weight": randn(tokens, 2),
-        "projection.norm.weight": randn(dim),
-        "projection.norm.bias": randn(dim),
-        "projection.zero.weight": randn(dim, dim),
-        "projection.zero.bias": randn(dim),
-        f"{DOWN}.to_v_aes.weight": randn(width, dim),
-        f"{UP}.to_v_aes.weight": randn(4, dim),
-    }
-    return tensors, metadata
+DOWN, UP = oracle.layers("other")
 
 
 @pytest.fixture
 def adapter() -> vmix.Adapter:
-    return vmix.Adapter.from_tensors(*parts())
-
-
-def v_a(tensors: dict[str, Any], layer: str, weights: list[float]) -> torch.Tensor:
-    """Equations 4 to 7 in torch."""
-    positive, negative = tensors["aes_emb"].unbind(1)
-    f_t = negative + torch.tensor(weights)[:, None] * (positive - negative)
-    mixed = tensors["projection.linear.weight"] @ f_t
-    norm = tensors["projection.norm.weight"], tensors["projection.norm.bias"]
-    normed = torch.nn.functional.layer_norm(mixed, mixed.shape[-1:], *norm, 1e-5)
-    f_a = normed @ tensors["projection.zero.weight"].T + tensors["projection.zero.bias"]
-    return f_a @ tensors[f"{layer}.to_v_aes.weight"].T
-
-
-@pytest.mark.parametrize(
-    ("selection", "weights"),
-    [
-        (None, [1, 1]),
-        ("all", [1, 1]),
-        ("none", [0, 0]),
-        ("sharp focus", [0, 1]),
-        (["vibrant color"], [1, 0]),
-        (("vibrant color", "sharp focus"), [1, 1]),
-        ([], [0, 0]),
-        ({"vibrant color": 0.25, "sharp focus": 2}, [0.25, 2]),
-    ],
-)
-def test_values_against_torch(adapter: vmix.Adapter, selection: Any, weights: list[float]) -> None:
-    assert adapter.weights(selection) == dict(zip(LABELS, weights, strict=True))
-    values = adapter.values(selection)
-    assert values.selection == dict(zip(LABELS, weights, strict=True))
-    tensors, _ = parts()
-    for layer in (DOWN, UP):
-        found = torch.from_dlpack(values[layer])
-        # f32 on both sides; LayerNorm may magnify rounding.
-        torch.testing.assert_close(found, v_a(tensors, layer, weights), rtol=1e-5, atol=1e-5)
-
-
-def test_what_an_adapter_tells(adapter: vmix.Adapter) -> None:
-    assert (adapter.base, adapter.context_tokens, adapter.context_dim) == ("other", 5, 6)
-    assert (adapter.projection, adapter.value_weights) == ("learned", "own")
-    assert (adapter.apply_to, adapter.trained) == ("both", "no")
-    assert [label.name for label in adapter.labels] == LABELS
-    label = adapter.labels[1]
-    assert (label.positive, label.negative, label.default) == ("sharp focus", "rare1", 1.0)
-    assert (label.neutral, label.dimension, label.display_names) == (None, "", {})
-    assert [(layer.name, layer.ldm_name, layer.inner_dim) for layer in adapter.layers] == [
-        (DOWN, "input_blocks.1.1.a", 8),
-        (UP, "output_blocks.0.1.a", 4),
-    ]
-    assert adapter.metadata == parts()[1]
-    assert tuple(adapter.aes_embed().shape) == (2, 6)
-    assert tuple(adapter.project("none").shape) == (5, 6)
+    labels = [oracle.label(name) for name in LABELS]
+    said = oracle.metadata("other", labels, norm_eps="1e-5", apply_to="both")
+    return vmix.Adapter.from_matrices(oracle.matrices("other", 2), said)
 
 
 def test_files(adapter: vmix.Adapter, tmp_path: pathlib.Path) -> None:
@@ -137,6 +50,7 @@ def test_files(adapter: vmix.Adapter, tmp_path: pathlib.Path) -> None:
             "contrast",
             values.origin,
         )
+        assert preset.selection == {"vibrant color": 0.0, "sharp focus": 1.0}
         for layer in preset:
             for pair in (
                 (preset[layer], values[layer]),
@@ -147,26 +61,12 @@ def test_files(adapter: vmix.Adapter, tmp_path: pathlib.Path) -> None:
     assert adapter.values().uncond(DOWN) is None
 
 
-def test_safetensors_of_python_reads_what_we_write(
-    adapter: vmix.Adapter, tmp_path: pathlib.Path
-) -> None:
-    from safetensors import safe_open
-
-    adapter.save(tmp_path / "adapter.safetensors")
-    tensors, metadata = parts()
-    with safe_open(tmp_path / "adapter.safetensors", "pt") as file:
-        assert file.metadata() == metadata
-        assert set(file.keys()) == set(tensors)
-        for name, tensor in tensors.items():
-            assert torch.equal(file.get_tensor(name), tensor)
-
-
 def test_values_are_a_mapping(adapter: vmix.Adapter) -> None:
     values = adapter.values()
     assert list(values) == [DOWN, UP]
     assert len(values) == 2
     assert DOWN in values
-    assert "input_blocks.1.1.a" in values
+    assert "ldm.0" in values
     assert "elsewhere" not in values
     assert 7 not in values
     with pytest.raises(KeyError, match="there are 2 layers"):
@@ -176,11 +76,14 @@ def test_values_are_a_mapping(adapter: vmix.Adapter) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_tensors_leave_without_a_copy(adapter: vmix.Adapter, dtype: Any) -> None:
-    values = adapter.values(dtype=dtype)
-    tensor = values[DOWN]
-    assert (tensor.shape, tensor.dtype) == ((5, 8), dtype)
-    first, second = torch.from_dlpack(tensor), torch.from_dlpack(values[DOWN])
+@pytest.mark.parametrize("of", ["values", "rows"])
+def test_tensors_leave_without_a_copy(of: str, dtype: Any) -> None:
+    said = oracle.metadata("other", [oracle.label("a")], norm_eps="1e-5")
+    adapter = vmix.Adapter.from_matrices(oracle.matrices("other", 1), said, dtype)
+    exported: Any = adapter.rows if of == "rows" else adapter.values(dtype=dtype)
+    tensor = exported[DOWN]
+    assert (tensor.shape, tensor.dtype) == (({"rows": 3, "values": 5}[of], 8), dtype)
+    first, second = torch.from_dlpack(tensor), torch.from_dlpack(exported[DOWN])
     assert first.data_ptr() == second.data_ptr()
     assert first.dtype == getattr(torch, dtype)
     if dtype != "bfloat16":  # numpy has none
@@ -189,7 +92,7 @@ def test_tensors_leave_without_a_copy(adapter: vmix.Adapter, dtype: Any) -> None
         np.testing.assert_array_equal(array, first.numpy())
     # The memory lives as long as anybody looks at it.
     expected = first.clone()
-    del values, tensor, second, adapter
+    del exported, tensor, second, adapter
     gc.collect()
     assert torch.equal(first, expected)
 
@@ -313,20 +216,22 @@ def test_a_lora_in_the_place_of_an_adapter(tmp_path: pathlib.Path) -> None:
         vmix.open(tmp_path / "lora.safetensors")
 
 
-def test_threads() -> None:
+def test_threads(adapter: vmix.Adapter) -> None:
     everything = vmix.get_num_threads()
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(4))
     q, k = draw(1, 600, 80), draw(1, 77, 80)
-    results = []
+    results, values = [], []
     try:
         for count in (1, 2, 0):
             vmix.set_num_threads(count)
             results.append(torch.from_dlpack(vmix.attention(q, k, k, k[0], 1.0, 2)))
+            values.append(torch.from_dlpack(adapter.values("all")[DOWN]))
     finally:
         vmix.set_num_threads(0)
     assert vmix.get_num_threads() == everything
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for found in (results, values):
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
 
 
 def test_kernels() -> None:
@@ -442,10 +347,10 @@ def test_other_refusals(adapter: vmix.Adapter, tmp_path: pathlib.Path) -> None:
         adapter.values(dtype="int8")  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         vmix.Adapter.open(3)  # type: ignore[arg-type]
-    tensors, metadata = parts()
+    tensors = oracle.matrices("other", 2)
     tensors["aes_emb"].requires_grad_()
     with pytest.raises(vmix.VMixError, match=r"`aes_emb`.*requires grad"):
-        vmix.Adapter.from_tensors(tensors, metadata)
+        vmix.Adapter.from_matrices(tensors, adapter.metadata)
     assert issubclass(vmix.VMixError, ValueError)
 
 

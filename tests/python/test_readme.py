@@ -39,10 +39,10 @@ def test_the_readmes_commands_run(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-4:] == [
-        "new.safetensors: a valid adapter",
-        "red.safetensors: a valid adapter (EXPERIMENTAL, training-free)",
-        "preset.safetensors: a valid preset (EXPERIMENTAL, training-free)",
-        "small.safetensors: a valid preset (EXPERIMENTAL, training-free)",
+        "new.safetensors: a valid init file",
+        "color.safetensors: a valid adapter",
+        "preset.safetensors: a valid preset",
+        "small.safetensors: a valid preset",
     ]
 
 
@@ -60,7 +60,8 @@ def test_the_example_of_a_list_is_read(tmp_path: Path) -> None:
     (toml,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
     (tmp_path / "labels.toml").write_text(toml, "utf-8")
     (label,) = vmix.read_label_list(tmp_path / "labels.toml")
-    assert (label.positive, label.negative) == ("soft natural lighting", "sks")
+    assert (label.positive, label.negative) == (["soft natural lighting"], ["sks"])
+    assert (label.range, label.neutral) == ((0, 1), 0)
     assert label.display_names == {"de": "natürliches Licht", "zh": "自然光照"}
 
 

@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_training import tiny_tokenizer
+from tiny_training import assert_values, tiny_tokenizer, trained_branch
 from vmix import Adapter, init_adapter
 from vmix.dataset import Example
 from vmix.train.base import Base
 from vmix.train.data import to_pixels, usable_images
 from vmix.train.denoising import Denoising
 from vmix.train.errors import TrainingError
+from vmix.train.export import trained_adapter
 from vmix.train.loop import main
-from vmix.train.model import Denoiser, ValueBranch
+from vmix.train.model import Denoiser, ValueBranch, add_lora
 from vmix.train.objective import Chances
 from vmix.train.options import check_args, parse_args
 from vmix.train.order import Order, OwnBatches
@@ -143,7 +144,7 @@ def run(pipeline: Path, data: Path, out: Path, *more: str) -> Path:
         [
             f"--pretrained_model_name_or_path={pipeline}", f"--train_data_dir={data}",
             f"--labels={data / 'labels.toml'}", f"--output_dir={out}", "--train_batch_size=4",
-            "--max_train_steps=4", "--learning_rate=1e-2", "--dtype=f32", "--rank=0",
+            "--max_train_steps=4", "--learning_rate=1e-2", "--weights_dtype=f32", "--rank=0",
             "--report_to=none", *more,
         ]
     )  # fmt: skip
@@ -168,7 +169,7 @@ def test_step_zero_is_the_base(tmp_path: Path, xl: bool) -> None:
     conditions = base.conditions(pooled, sizes)
     plain = base.unet(sample, steps, context, added_cond_kwargs=conditions).sample
 
-    branch = ValueBranch(init_adapter(pipeline, ["vibrant color", "sharp focus"], dtype="float32"))
+    branch = ValueBranch(init_adapter(pipeline, NAMES), base.unet)
     denoiser = Denoiser(base.unet, branch)
     weights = torch.ones(2, 2)
     mixed = torch.ones(2)
@@ -185,7 +186,7 @@ def test_step_zero_is_the_base(tmp_path: Path, xl: bool) -> None:
 def test_mixing_is_the_two_branches_of_the_paper(pipeline: Path) -> None:
     base = Base(str(pipeline), torch.device("cpu"), torch.float32)
     torch.manual_seed(0)
-    branch = ValueBranch(init_adapter(pipeline, ["vibrant color", "sharp focus"], dtype="float32"))
+    branch = ValueBranch(init_adapter(pipeline, NAMES), base.unet)
     name = branch.names[0]
     layer = base.unet.get_submodule(name)
     torch.nn.init.normal_(branch.zero.weight)
@@ -212,7 +213,6 @@ def test_training_moves_the_loss_and_leaves_the_base(
 ) -> None:
     out = run(pipeline, data, tmp_path / "out", "--name=demo", "--rank=2", "--max_train_steps=3")
     adapter = Adapter.open(out / "demo.safetensors")
-    adapter.validate()
     assert [label.name for label in adapter.labels] == ["vibrant color", "sharp focus"]
     assert adapter.context_tokens == TOKENS
     on, off = (torch.from_dlpack(adapter.project(w)).clone() for w in ("all", "none"))
@@ -241,10 +241,12 @@ def test_metadata(pipeline: Path, data: Path, tmp_path: Path) -> None:
     assert json.loads(found["vmix.labels"])[1] == {
         "name": "sharp focus",
         "dimension": "focus",
-        "positive": "sharp focus",
-        "negative": "xv",
+        "positive": ["sharp focus"],
+        "negative": ["xv"],
         "default": 0.5,
         "neutral": None,
+        "range": [0, 1],
+        "step": 0.05,
         "display_names": {"zh": "清晰"},
     }
     names = json.loads(found["vmix.ldm_names"])
@@ -252,7 +254,8 @@ def test_metadata(pipeline: Path, data: Path, tmp_path: Path) -> None:
         names["up_blocks.1.attentions.1.transformer_blocks.0.attn2"]
         == "output_blocks.3.1.transformer_blocks.0.attn2"
     )
-    assert json.loads(found["vmix.trained"])["steps"] == 4
+    made = json.loads(found["vmix.made"])
+    assert (made["method"], made["steps"], made["objective"]) == ("trained", 4, "denoising")
     assert str(tmp_path) not in json.dumps(found)
 
 
@@ -295,7 +298,7 @@ def test_what_a_dropped_caption_teaches(
     pipeline: Path, data: Path, tmp_path: Path, policy: str
 ) -> None:
     out = run(pipeline, data, tmp_path, "--text_dropout=0.9999", f"--apply_to={policy}")
-    learned = load_file(out / "vmix.safetensors")["projection.zero.weight"].abs().sum() > 0
+    learned = load_file(out / "vmix.safetensors")["context.rows"].any()
     assert learned == (policy != "cond")
 
 
@@ -320,7 +323,7 @@ def test_it_learns_a_label(pipeline: Path, data: Path, tmp_path: Path) -> None:
     run(pipeline, data, tmp_path / "out", *more)
 
     base = Base(str(pipeline), torch.device("cpu"), torch.float32)
-    branch = ValueBranch(Adapter.open(tmp_path / "out" / "vmix.safetensors"))
+    branch = trained_branch(pipeline, data, tmp_path / "out" / "checkpoint-120")
     denoiser = Denoiser(base.unet, branch)
     latents = torch.cat(
         [
@@ -344,10 +347,116 @@ def test_it_learns_a_label(pipeline: Path, data: Path, tmp_path: Path) -> None:
     assert losses[0] < losses[1]
 
 
+# --- what is written -----------------------------------------------------------------------------
+
+
+def test_the_file_computes_what_the_branch_does(pipeline: Path) -> None:
+    base = Base(str(pipeline), torch.device("cpu"), torch.float32)
+    branch = ValueBranch(init_adapter(pipeline, NAMES), base.unet)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in branch.parameters():
+            parameter.normal_(0, 0.5, generator=draw)
+    weights = torch.cat(
+        [torch.rand(5, 2, generator=draw), 6 * torch.rand(5, 2, generator=draw) - 3]
+    )
+    adapter = trained_adapter(branch, "float32", "cond", {"steps": 1}, {})
+    assert adapter.made == {"method": "trained", "steps": 1}
+    assert_values(adapter, branch, weights)
+    halves = trained_adapter(branch, "bfloat16", "cond", {}, {})
+    assert halves.dtype == "bfloat16"
+    with pytest.raises(AssertionError):
+        assert_values(halves, branch, weights)  # so that it could fail
+
+
+def test_the_file_is_written_again_from_a_checkpoint(
+    pipeline: Path, data: Path, tmp_path: Path
+) -> None:
+    out, again = tmp_path / "out", tmp_path / "again"
+    more = ["--use_ema", "--ema_decay=0.5"]
+    run(pipeline, data, out, *more, "--checkpointing_steps=2")
+    weights = torch.tensor([[1.0, 0.0], [0.3, 0.8], [-1.5, 2.0]])
+    last = Adapter.open(out / "vmix.safetensors")
+    assert_values(last, trained_branch(pipeline, data, out / "checkpoint-4", "average"), weights)
+    with pytest.raises(AssertionError):
+        assert_values(last, trained_branch(pipeline, data, out / "checkpoint-4"), weights)
+
+    # All steps are done: the same file, and one of another dtype.
+    written = load_file(out / "vmix.safetensors")
+    (out / "vmix.safetensors").unlink()
+    run(pipeline, data, out, *more, "--resume_from_checkpoint=latest")
+    same = load_file(out / "vmix.safetensors")
+    assert same.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in same.items())
+    run(pipeline, data, out, *more, "--resume_from_checkpoint=latest", "--dtype=f16")
+    assert Adapter.open(out / "vmix.safetensors").dtype == "float16"
+
+    # An earlier one, beside those that came after it.
+    earlier = f"--resume_from_checkpoint={out / 'checkpoint-2'}"
+    run(pipeline, data, again, *more, earlier, "--max_train_steps=2")
+    found = Adapter.open(again / "vmix.safetensors")
+    assert found.made["steps"] == 2
+    assert_values(found, trained_branch(pipeline, data, out / "checkpoint-2", "average"), weights)
+    assert (out / "checkpoint-4").is_dir()
+
+
+def test_texts_and_method_are_in_the_card(pipeline: Path, data: Path, tmp_path: Path) -> None:
+    several = LABELS.replace('positive = "sharp focus"', 'positive = ["in focus", "sharp"]')
+    (data / "labels.toml").write_text(several, encoding="utf-8")
+    card = (run(pipeline, data, tmp_path / "out") / "README.md").read_text("utf-8")
+    assert "| sharp focus | focus | in focus / sharp | 0.5 |" in card
+    assert "| method | trained |" in card
+
+
+# --- what training starts from -------------------------------------------------------------------
+
+
+def test_f_is_drawn_by_the_seed(pipeline: Path) -> None:
+    """As nn.Linear draws it: uniform, up to 1/√N; whatever torch's own generator has drawn."""
+    base = Base(str(pipeline), torch.device("cpu"), torch.float32)
+    untrained = init_adapter(pipeline, NAMES)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first, other = (ValueBranch(untrained, base.unet, seed).linear.weight for seed in (3, 4))
+    torch.set_rng_state(before)
+    torch.rand(3)
+    assert torch.equal(ValueBranch(untrained, base.unet, 3).linear.weight, first)
+    assert not torch.equal(first, other)
+    assert first.abs().max() <= 2**-0.5
+    assert first.abs().max() > 0.6  # of 32 numbers
+
+
+def test_value_matrices_start_as_the_base_below_a_lora(pipeline: Path) -> None:
+    base = Base(str(pipeline), torch.device("cpu"), torch.float32)
+    name = "mid_block.attentions.0.transformer_blocks.0.attn2"
+    plain = base.unet.get_submodule(f"{name}.to_v").weight.clone()
+    add_lora(base.unet, 2)
+    branch = ValueBranch(init_adapter(pipeline, NAMES), base.unet)
+    assert torch.equal(branch.to_v_aes[branch.names.index(name)].weight, plain)
+
+
+def test_an_init_file_is_the_list_that_it_was_made_of(
+    pipeline: Path, data: Path, tmp_path: Path
+) -> None:
+    start = tmp_path / "init.safetensors"
+    init_adapter(pipeline, data / "labels.toml").save(start)
+    first = load_file(run(pipeline, data, tmp_path / "a") / "vmix.safetensors")
+    out = run(pipeline, data, tmp_path / "b", f"--labels={start}")
+    second = load_file(out / "vmix.safetensors")
+    assert first.keys() == second.keys()
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+    with pytest.raises(SystemExit, match="expected an init file, found kind adapter"):
+        run(pipeline, data, tmp_path / "c", f"--labels={out / 'vmix.safetensors'}")
+    xl = _pipeline(tmp_path / "xl", "epsilon", xl=True)
+    with pytest.raises(SystemExit, match="another base: expected 16 tokens of width 64, 4 layers"):
+        run(xl, data, tmp_path / "c", f"--labels={start}")
+
+
 # --- names and data ------------------------------------------------------------------------------
 
 
-def test_training_starts_from_what_init_makes(pipeline: Path, data: Path, tmp_path: Path) -> None:
+def test_what_training_starts_from(pipeline: Path, data: Path, tmp_path: Path) -> None:
     """AesEmb is the pipeline's own context at the first end of text; W_Va starts as its W_V."""
     out = run(pipeline, data, tmp_path, "--learning_rate=1e-9", "--adam_weight_decay=0")
     tensors = load_file(out / "vmix.safetensors")
@@ -362,11 +471,11 @@ def test_training_starts_from_what_init_makes(pipeline: Path, data: Path, tmp_pa
         # Another order of sums in float32, over two blocks, on numbers of about 1; those of another
         # text are 1 apart.
         torch.testing.assert_close(row, base.text([text])[0][0, end], rtol=1e-5, atol=5e-5)
-    layers = [name for name in tensors if name.endswith(".to_v_aes.weight")]
-    assert len(layers) == 4
-    for name in layers:
-        own = base.unet.get_submodule(name.replace(".to_v_aes.weight", ".to_v")).weight
-        torch.testing.assert_close(tensors[name], own, rtol=0, atol=1e-8)  # four steps of 1e-9
+    trained = trained_branch(pipeline, data, out / "checkpoint-4")
+    assert len(trained.names) == 4
+    for name, to_v in zip(trained.names, trained.to_v_aes, strict=True):
+        own = base.unet.get_submodule(f"{name}.to_v").weight
+        torch.testing.assert_close(to_v.weight, own, rtol=0, atol=1e-8)  # four steps of 1e-9
 
 
 def test_missing_labels_are_negative(data: Path) -> None:
@@ -434,7 +543,11 @@ def test_a_label_that_is_the_same_everywhere(data: Path) -> None:
         ('name = "sharp focus"', 'name = "all"', "`all`, which is reserved"),
         ("default", "defualt", "unknown field `defualt`"),
         ("default = 0.5", 'default = "0.5"', "line 13"),
-        ("default = 0.5", "default = 1e300", "label `sharp focus` with default inf"),
+        (
+            "default = 0.5",
+            "default = 1e300",
+            "label `sharp focus` with default inf",
+        ),
     ],
 )
 def test_labels_are_checked_before_anything_is_loaded(

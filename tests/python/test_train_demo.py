@@ -54,7 +54,7 @@ def train(images: Path, out: Path, *more: str) -> list[str]:
         f"--train_data_dir={images}", f"--labels={LABELS}", f"--output_dir={out}",
         "--train_batch_size=2", "--resolution=32", f"--max_train_steps={STEPS}",
         "--checkpointing_steps=2", "--learning_rate=1e-2", "--rank=2", "--report_to=none",
-        "--dtype=f32", *more,
+        "--weights_dtype=f32", *more,
     ]  # fmt: skip
 
 

@@ -58,9 +58,8 @@ def test_two_steps_within_memory(tmp_path: Path) -> None:
     assert all(math.isfinite(row["loss"]) for row in metrics)
     assert all(row["lr"] == 1e-4 for row in metrics), "the paper's rate for SD1.5"
     adapter = Adapter.open(out / "vmix.safetensors")
-    adapter.validate()
     assert (adapter.base, len(adapter.layers), adapter.context_tokens) == ("sd15", 16, 77)
-    zero = np.from_dlpack(adapter.tensors()["projection.zero.weight"]).astype(np.float32)
-    assert np.abs(zero).max() > 0, "nothing was learned"
+    assert np.from_dlpack(adapter.tensors()["context.rows"]).any(), "nothing was learned"
+    assert (out / "vmix.safetensors").stat().st_size < 1e6, "rows, and not matrices"
     with safe_open(out / "vmix-lora.safetensors", framework="pt") as lora:
         assert any(name.endswith("conv1.lora_down.weight") for name in lora.keys())  # noqa: SIM118

@@ -13,8 +13,17 @@ import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.training_utils import compute_snr
 from safetensors.torch import load_file
-from tiny_training import TOKENS, arguments, losses, tiny_images, tiny_pipeline, together
-from vmix import init_adapter
+from tiny_training import (
+    TOKENS,
+    arguments,
+    assert_values,
+    losses,
+    tiny_images,
+    tiny_pipeline,
+    together,
+    trained_branch,
+)
+from vmix import Adapter, init_adapter
 from vmix.train.base import Base
 from vmix.train.model import Denoiser, ValueBranch, add_lora, trained_parameters
 from vmix.train.objective import weighted_loss
@@ -83,7 +92,7 @@ def test_checkpointed_gradients_are_the_same(
 
     monkeypatch.setattr(ResnetBlock2D, "forward", counted)
     base = Base(str(pipeline), torch.device("cpu"), torch.float32)
-    branch = ValueBranch(init_adapter(pipeline, ["a: one", "b: two"], dtype="float32"))
+    branch = ValueBranch(init_adapter(pipeline, ["a: one", "b: two"]), base.unet)
     torch.nn.init.normal_(branch.zero.weight)
     add_lora(base.unet, 2)
     denoiser = Denoiser(base.unet, branch)
@@ -127,9 +136,11 @@ def test_the_average_is_the_one_of_the_weights_after_each_step(
     assert kept.keys() == averages.keys()
     for name, tensor in kept.items():
         torch.testing.assert_close(tensor.double(), averages[name], rtol=1e-6, atol=1e-8)
-    written = load_file(whole / "vmix.safetensors")["projection.zero.weight"]
-    assert torch.equal(written, kept["branch.zero.weight"])
-    assert not torch.equal(written, steps[-1]["branch.zero.weight"])
+    written, weights = Adapter.open(whole / "vmix.safetensors"), torch.tensor([[1.0, 0.2]])
+    averaged = trained_branch(pipeline, data, whole / "checkpoint-5", "average")
+    assert_values(written, averaged, weights)
+    with pytest.raises(AssertionError):
+        assert_values(written, trained_branch(pipeline, data, whole / "checkpoint-5"), weights)
 
     files = (
         "vmix.safetensors",

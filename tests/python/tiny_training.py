@@ -6,6 +6,7 @@ They are on the CPU and speak gloo.
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch.distributed import TCPStore
 
 CPU = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -119,8 +121,48 @@ def arguments(pipeline: Path, data: Path, out: Path, *more: str) -> list[str]:
     return [
         f"--pretrained_model_name_or_path={pipeline}", *images,
         f"--labels={data / 'labels.toml'}", f"--output_dir={out}", "--max_train_steps=4",
-        "--learning_rate=1e-3", "--dtype=f32", "--rank=2", "--report_to=none", *more,
+        "--learning_rate=1e-3", "--weights_dtype=f32", "--rank=2", "--report_to=none", *more,
     ]  # fmt: skip
+
+
+def trained_branch(pipeline: Path, data: Path, checkpoint: Path, file: str = "trained") -> Any:
+    """The value branch with what a checkpoint holds, and the labels of the data."""
+    import diffusers
+    from vmix import init_adapter
+    from vmix.train.model import ValueBranch
+
+    unet: Any = diffusers.UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet")
+    branch = ValueBranch(init_adapter(pipeline, data / "labels.toml"), unet)
+    state = load_file(checkpoint / f"{file}.safetensors").items()
+    own = {
+        name.removeprefix("branch."): tensor for name, tensor in state if name.startswith("branch.")
+    }
+    assert own.keys() == dict(branch.named_parameters()).keys()
+    branch.load_state_dict(own, strict=False)  # AesEmb is no parameter
+    return branch
+
+
+def assert_values(adapter: Any, branch: Any, weights: torch.Tensor) -> None:
+    """V_a of the file are those of the branch in f64, at every row of weights [B, N].
+
+    Rows, coefficients and sums of the file are f32: some ten roundings of 6e-8 of the largest
+    value, and twice that where features cancel each other.
+    """
+    from vmix.train.model import label_features
+
+    exact = copy.deepcopy(branch).double()
+    with torch.no_grad():
+        expected = exact(label_features(exact.aes_emb, weights.double()))
+    names = [label.name for label in adapter.labels]
+    assert len(adapter.layers) == len(branch.names) == len(expected)
+    for number, row in enumerate(weights.tolist()):
+        found = adapter.values(dict(zip(names, row, strict=True)))
+        for name, values in zip(branch.names, expected, strict=True):
+            largest = float(values[number].abs().max())
+            assert largest > 1e-3, "nothing to compare"
+            torch.testing.assert_close(
+                torch.from_dlpack(found[name]).double(), values[number], rtol=0, atol=2e-6 * largest
+            )
 
 
 @dataclass(frozen=True)

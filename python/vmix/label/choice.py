@@ -56,7 +56,7 @@ class Choice:
 def pairs_of(labels: Sequence[Label], given: Mapping[str, Pair]) -> dict[str, Pair]:
     """A pair of texts for every label that has one."""
     pairs = {
-        label.name: (label.positive, CONTRARIES[label.dimension])
+        label.name: (label.positive[0], CONTRARIES[label.dimension])
         for label in labels
         if label.dimension in CONTRARIES
     }
@@ -114,4 +114,4 @@ def _default(label: Label, taken: set[str], paired: bool, laion: bool) -> tuple[
 def _needs(label: Label, weights: bool) -> str:
     if not weights:
         return "--clip-iqa DIR with its weights is missing"
-    return f"give its two texts, --pair '{label.name}={label.positive}|…'"
+    return f"give its two texts, --pair '{label.name}={label.positive[0]}|…'"

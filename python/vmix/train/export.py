@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -19,61 +19,55 @@ from vmix.train.base import Base
 from vmix.train.errors import TrainingError
 from vmix.train.model import ValueBranch, gathered
 
+DTypeName = Literal["float32", "float16", "bfloat16"]
+NAMES: Mapping[str, DTypeName] = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-NAMES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 def trained_adapter(
     branch: ValueBranch,
-    dtype: torch.dtype,
+    dtype: DTypeName,
     apply_to: str,
-    trained: Mapping[str, Any],
+    made: Mapping[str, Any],
     modelspec: Mapping[str, str | None],
     neutral: Mapping[str, float | None] | None = None,
     exact: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Adapter:
-    """What training made of an adapter so far, checked by the library that will read it.
+    """The rows of what training made so far, checked by the library that will read them.
 
     `neutral` are the weights at which labels change nothing, where the objective knows them;
     `exact` what parameters of the model are in f32, where it has them in half.
     """
     labels = json.loads(branch.metadata["vmix.labels"])
     for label in labels:
-        label["neutral"] = (neutral or {}).get(label["name"], label["neutral"])
+        label["neutral"] = (neutral or {}).get(label["name"], label.get("neutral"))
     metadata = {
         **branch.metadata,
         "vmix.labels": json.dumps(labels, ensure_ascii=False),
         "vmix.apply_to": apply_to,
-        "vmix.trained": json.dumps(trained),
+        "vmix.norm_eps": str(branch.norm.eps),
+        "vmix.made": json.dumps({"method": "trained", **made}),
         "modelspec.date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         **{f"modelspec.{key}": value for key, value in modelspec.items() if value},
     }
-    return Adapter.from_tensors(branch.tensors(dtype, exact), metadata)
+    return Adapter.from_matrices(branch.tensors(exact), metadata, dtype)
 
 
-def single(adapter: Adapter, name: str) -> dict[str, float]:
-    """One label positive; the others change nothing where they can, else they are negative."""
-    return {
-        label.name: 1.0 if label.name == name else label.neutral or 0.0 for label in adapter.labels
-    }
-
-
-def save_presets(adapter: Adapter, folder: Path, dtype: torch.dtype) -> dict[str, str]:
+def save_presets(adapter: Adapter, folder: Path, dtype: DTypeName) -> dict[str, str]:
     """All labels positive, and every label alone; names of files, and what is in them."""
     folder.mkdir(parents=True, exist_ok=True)
-    selections: dict[str, Any] = {"all": "all"}
+    selections = {"all": "all"}
     what = {"all": "all labels positive"}
     if len(adapter.labels) > 1:
         for label in adapter.labels:
             stem = re.sub(r"[^\w.-]+", "-", label.name).strip("-.") or "label"
             while stem in selections:
                 stem += "-"
-            selections[stem], what[stem] = single(adapter, label.name), f"{label.name} alone"
+            selections[stem], what[stem] = label.name, f"{label.name} alone"
     paths = {}
     for stem, selection in selections.items():
-        kind: Any = NAMES[dtype]
         path = folder / f"{stem}.safetensors"
-        adapter.values(selection, dtype=kind).save(path)
+        adapter.values(selection, dtype=dtype).save(path)
         paths[path.name] = "preset of " + what[stem]
     return paths
 
@@ -172,11 +166,11 @@ def model_card(
     """The README.md of what was written."""
     spec = {k.removeprefix("modelspec."): v for k, v in adapter.metadata.items()}
     rows = [
-        f"| {cell(label.name)} | {cell(label.dimension)} | {cell(label.positive)} "
+        f"| {cell(label.name)} | {cell(label.dimension)} | {cell(' / '.join(label.positive))} "
         f"| {label.default:g} |"
         for label in adapter.labels
     ]
-    record = {**json.loads(adapter.trained), "apply_to": adapter.apply_to}
+    record = {**adapter.made, "apply_to": adapter.apply_to}
     listed = [f"- `{file}`: {what}" for file, what in files.items()]
     return CARD.format(
         license=_license(spec.get("license") or "other"),

@@ -33,7 +33,7 @@ from accelerate.utils import (
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from vmix import Adapter, VMixError, init_adapter, read_label_list
+from vmix import Adapter, VMixError
 from vmix.train import export, validation
 from vmix.train.base import Base
 from vmix.train.checkpoint import Checkpoints, refuse_earlier
@@ -50,6 +50,7 @@ from vmix.train.errors import (
     no_memory,
     sentence,
 )
+from vmix.train.labels import read_labels, untrained_adapter
 from vmix.train.model import Denoiser, ValueBranch, add_lora, trained_parameters
 from vmix.train.objective import Objective, collate, end_workers, leave_signals, step_size
 from vmix.train.options import check_args, check_paths, parse_args, read_lines, settings
@@ -93,7 +94,7 @@ class Run:
         self.trouble: Exception | None = None
         """What ends the training as soon as all processes can be told."""
         self.bar = partial(tqdm, disable=not accelerator.is_local_main_process, leave=False)
-        labels = [label.name for label in read_label_list(args.labels)] if args.train_vmix else []
+        labels = [label.name for label in read_labels(args.labels)] if args.train_vmix else []
         check_paths(args)
         say = accelerator.print
         images = None
@@ -114,8 +115,8 @@ class Run:
         args.lora_learning_rate = args.lora_learning_rate or args.learning_rate
         self.branch: ValueBranch | None = None
         if args.train_vmix:
-            untrained = init_adapter(base.path, args.labels, dtype="float32", seed=args.seed)
-            self.branch = ValueBranch(untrained).to(accelerator.device)
+            untrained = untrained_adapter(base, args.labels)
+            self.branch = ValueBranch(untrained, base.unet, args.seed).to(accelerator.device)
         self.objective: Objective
         if images is not None:
             self.objective = Denoising(base, images, args, self.world)
@@ -130,9 +131,7 @@ class Run:
             base.unet.float().requires_grad_(True)
         if args.gradient_checkpointing:
             base.unet.enable_gradient_checkpointing()
-        if (
-            self.branch is not None
-        ):  # what the file's writer refuses, it refuses now, not after days
+        if self.branch is not None:  # what the file's writer refuses, now and not after days
             self.adapter(0)
 
         self.denoiser = denoiser = Denoiser(base.unet, self.branch)
@@ -459,7 +458,7 @@ class Run:
         neutral = getattr(self.objective, "neutral", None)
         return export.trained_adapter(
             self.branch,
-            export.DTYPES[args.dtype],
+            export.NAMES[args.dtype],
             args.apply_to,
             record,
             spec,
@@ -475,7 +474,7 @@ class Run:
 
     def finish(self) -> None:
         args, main = self.args, self.accelerator.is_main_process
-        dtype = export.DTYPES[args.dtype]
+        dtype = export.DTYPES[args.weights_dtype]
         files = {}
         with self._averaged():
             try:
@@ -489,7 +488,9 @@ class Run:
                     export.save_unet(self.base, args.output_dir / "model", dtype, main, exact)
                 if adapter is not None and main:
                     adapter.save(args.output_dir / f"{args.name}.safetensors")
-                    presets = export.save_presets(adapter, args.output_dir / "presets", dtype)
+                    presets = export.save_presets(
+                        adapter, args.output_dir / "presets", export.NAMES[args.weights_dtype]
+                    )
                     files |= {f"presets/{name}": what for name, what in presets.items()}
                     picture = self.picture.relative_to(args.output_dir) if self.picture else None
                     base = args.pretrained_model_name_or_path

@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
-from vmix import read_label_list, unet_layers
+from vmix import read_label_list
 from vmix.train.model import Denoiser, ValueBranch, add_lora, trained_parameters
 from vmix.train.single_file import CONFIGS
 
@@ -305,37 +305,22 @@ def _denoiser(base: BaseName, precision: Precision, rank: int) -> Any:
     with torch.device("meta"):
         unet = diffusers.UNet2DConditionModel.from_config(_config(base, "unet"))
         nn.Module.to(unet.requires_grad_(False).eval(), DTYPES[precision])
-        branch = ValueBranch(_adapter(base, unet))
+        branch = ValueBranch(_untrained(base), unet)
         if rank:
             add_lora(unet, rank)
         return Denoiser(unet, branch)
 
 
-def _adapter(base: BaseName, unet: nn.Module) -> Any:
+def _untrained(base: BaseName) -> Any:
     """As much of an untrained adapter as a value branch is made from."""
-    width, labels = CONTEXT[base], read_label_list()
-    layers = []
-    for layer in unet_layers(base):
-        rows, _ = unet.get_parameter(f"{layer.name}.to_v.weight").shape
-        layers.append(SimpleNamespace(name=layer.name, inner_dim=rows))
-    shapes: dict[str, tuple[int, ...]] = {
-        "aes_emb": (len(labels), 2, width),
-        "projection.linear.weight": (TOKENS, len(labels)),
-        "projection.norm.weight": (width,),
-        "projection.norm.bias": (width,),
-        "projection.zero.weight": (width, width),
-        "projection.zero.bias": (width,),
-    }
-    shapes |= {f"{layer.name}.to_v_aes.weight": (layer.inner_dim, width) for layer in layers}
+    labels = read_label_list()
     return SimpleNamespace(
+        base=base,
         labels=labels,
-        layers=layers,
-        context_dim=width,
+        context_dim=CONTEXT[base],
         context_tokens=TOKENS,
-        metadata={"vmix.norm_eps": "1e-5"},
-        tensors=lambda: {
-            name: torch.zeros(1, device="cpu").expand(shape) for name, shape in shapes.items()
-        },
+        aes_emb=torch.zeros(len(labels), 2, CONTEXT[base], device="cpu"),
+        metadata={},
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
-from vmix import Adapter
+from vmix import Untrained, unet_layers
 
 T = TypeVar("T")
 LORA_LAYERS = (
@@ -24,30 +24,43 @@ LORA_LAYERS = (
 """Linear and convolution layers of the U-Net that a LoRA is added to (paper, section 3.4)."""
 
 
+NORM_EPS = 1e-5
+
+
 class ValueBranch(nn.Module):
-    """Projection of AesEmb (eq. 6) and the value matrix of every layer (eq. 7), from an adapter."""
+    """Projection of AesEmb (eq. 6) and the value matrix of every layer (eq. 7).
+
+    Each value matrix starts as a copy of the `to_v` of its layer in `unet`. Z starts at zero, so
+    that all values are zero. `seed` is for F.
+    """
 
     aes_emb: Tensor
     """[N, 2, d]: positive and negative feature of every label (eq. 4). Not trained."""
 
-    def __init__(self, adapter: Adapter) -> None:
+    def __init__(self, untrained: Untrained, unet: nn.Module, seed: int = 0) -> None:
         super().__init__()
-        labels, dim = len(adapter.labels), adapter.context_dim
-        self.metadata = adapter.metadata
-        self.names = [layer.name for layer in adapter.layers]
-        self.register_buffer("aes_emb", torch.empty(labels, 2, dim))
-        self.linear = nn.Linear(labels, adapter.context_tokens, bias=False)  # over the token axis
-        self.norm = nn.LayerNorm(dim, eps=float(adapter.metadata["vmix.norm_eps"]))
-        self.zero = nn.Linear(dim, dim)
-        self.to_v_aes = nn.ModuleList(
-            nn.Linear(dim, layer.inner_dim, bias=False) for layer in adapter.layers
-        )
-        given = adapter.tensors()
-        with torch.no_grad():
-            for name, tensor in self._named().items():
-                tensor.copy_(from_dlpack(given[name]))
-        self._aes_emb = from_dlpack(given["aes_emb"]).float()
+        labels, dim = len(untrained.labels), untrained.context_dim
+        self.metadata = untrained.metadata
+        self.names = layer_names(untrained)
+        self._aes_emb = from_dlpack(untrained.aes_emb).float()
         """For the file: DeepSpeed halves buffers."""
+        self.register_buffer("aes_emb", torch.empty(labels, 2, dim))
+        self.linear = nn.Linear(labels, untrained.context_tokens, bias=False)  # over the token axis
+        self.norm = nn.LayerNorm(dim, eps=NORM_EPS)
+        self.zero = nn.Linear(dim, dim)
+        own = [_to_v_weight(unet, name) for name in self.names]
+        self.to_v_aes = nn.ModuleList(nn.Linear(dim, len(w), bias=False) for w in own)
+        # As torch draws it, but not from torch's global generator.
+        drawn = torch.empty(self.linear.weight.shape, device="cpu")
+        bound = labels**-0.5
+        drawn.uniform_(-bound, bound, generator=torch.Generator("cpu").manual_seed(seed))
+        with torch.no_grad():
+            self.aes_emb.copy_(self._aes_emb)
+            self.linear.weight.copy_(drawn)
+            self.zero.weight.zero_()
+            self.zero.bias.zero_()
+            for to_v, weight in zip(self.to_v_aes, own, strict=True):
+                to_v.get_parameter("weight").copy_(weight)
 
     def forward(self, labels: Tensor) -> list[Tensor]:
         """V_a [B, C, inner_dim] of every layer for label features f_t [B, N, d]."""
@@ -56,23 +69,18 @@ class ValueBranch(nn.Module):
         f_a = self.zero(self.norm(spread))
         return [to_v(f_a) for to_v in self.to_v_aes]
 
-    def tensors(
-        self, dtype: torch.dtype, exact: Mapping[str, Tensor] = MappingProxyType({})
-    ) -> dict[str, Tensor]:
-        """A copy of the tensors as they are now, under the names of docs/format.md; of a parameter
-        that is in `exact`, under the Denoiser's name for it, what it is there."""
-        given = {id(p): exact.get(f"branch.{name}") for name, p in self.named_parameters()}
-        given[id(self.aes_emb)] = self._aes_emb
-        found = {}
-        for name, tensor in self._named().items():
-            better = given.get(id(tensor))
-            whole = gathered(tensor) if better is None else better
-            found[name] = whole.to("cpu", dtype, copy=True)
+    def tensors(self, exact: Mapping[str, Tensor] = MappingProxyType({})) -> dict[str, Tensor]:
+        """The paper's matrices as they are now, as `Adapter.from_matrices` takes them; of a
+        parameter that is in `exact`, under the Denoiser's name for it, what it is there."""
+        names = {id(p): f"branch.{name}" for name, p in self.named_parameters()}
+        found = {"aes_emb": self._aes_emb}
+        for name, parameter in self._named().items():
+            better = exact.get(names[id(parameter)])
+            found[name] = (gathered(parameter) if better is None else better).to("cpu")
         return found
 
     def _named(self) -> dict[str, Tensor]:
         named = {
-            "aes_emb": self.aes_emb,
             "projection.linear.weight": self.linear.weight,
             "projection.norm.weight": self.norm.weight,
             "projection.norm.bias": self.norm.bias,
@@ -82,6 +90,20 @@ class ValueBranch(nn.Module):
         for name, to_v in zip(self.names, self.to_v_aes, strict=True):
             named[f"{name}.to_v_aes.weight"] = to_v.get_parameter("weight")
         return named
+
+
+def layer_names(untrained: Untrained) -> list[str]:
+    """Diffusers paths of the layers that values are added to."""
+    base: Any = untrained.base
+    if base == "other":
+        return list(untrained.ldm_names)
+    return [layer.name for layer in unet_layers(base)]
+
+
+def _to_v_weight(unet: nn.Module, layer: str) -> Tensor:
+    to_v: Any = unet.get_submodule(f"{layer}.to_v")
+    weight: Tensor = getattr(to_v, "base_layer", to_v).weight  # below a LoRA
+    return weight
 
 
 def label_features(aes_emb: Tensor, weights: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ class Objective(Protocol):
     def dataset(self) -> torch.utils.data.Dataset[Batch]: ...
     def loss(self, model: nn.Module, batch: Batch) -> Tensor: ...
     def record(self) -> dict[str, Any]:
-        """What the file's `vmix.trained` says of it."""
+        """What the file's `vmix.made` says of it."""
 
     def contents(self) -> str:
         """Of the data, in a few words that differ where these do."""

@@ -65,12 +65,15 @@ def _base(group: Any) -> None:
     )
     add("--prediction_type", choices=("epsilon", "v_prediction"), help="What the base predicts, "
         "where neither its configuration nor the file says.")  # fmt: skip
-    add("--labels", type=Path, help="TOML file with one [[label]] table per label.")
+    add("--labels", type=Path, help="TOML file with one [[label]] table per label, or what "
+        "`vmix init` made of one for this base.")  # fmt: skip
     add("--output_dir", type=Path, required=True, help="Folder for all that is written.")
     add("--name", default="vmix", help="The adapter is written to <output_dir>/<name>.safetensors.")
     for key in ("title", "author", "license", "description"):
         add(f"--{key}", help=f"modelspec.{key} of the adapter.")
-    add("--dtype", choices=DTYPES, default="f16", help="Of the files that are written.")
+    add("--dtype", choices=DTYPES, default="f32", help="Of the adapter's rows.")
+    add("--weights_dtype", choices=DTYPES, default="f16", help="Of the presets, of the LoRA and "
+        "of the U-Net of --full_finetune.")  # fmt: skip
     add("--push_to_hub", action="store_true", help="Upload what was written, when done.")
     add("--hub_model_id", help="Repository to push to; the output folder's name unless given.")
 

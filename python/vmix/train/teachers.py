@@ -29,11 +29,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vmix import read_label_list
 from vmix.loading import WeightsError, check_lora
 from vmix.train.base import Base
 from vmix.train.cache import Store, in_parts, key_of, store_texts
 from vmix.train.errors import TrainingError, complain
+from vmix.train.labels import read_labels
 from vmix.train.model import ValueBranch
 from vmix.train.objective import Batch, Chances, step_size, weighted_loss
 from vmix.train.options import read_lines, read_yaml
@@ -99,7 +99,7 @@ class Lora:
 def distillation(
     base: Base, branch: ValueBranch, args: argparse.Namespace, world: int
 ) -> Distillation:
-    labels = read_label_list(args.labels)
+    labels = read_labels(args.labels)
     given: Any = {}
     if args.teachers is not None:
         problem, given = read_yaml(args.teachers)
@@ -110,7 +110,7 @@ def distillation(
     names = [label.name for label in labels]
     prompts = read_lines(args.prompts, "--prompts")
     if args.objective == "text-pairs":
-        words = [_words(label.positive, given.get(label.name)) for label in labels]
+        words = [_words(label.positive[0], given.get(label.name)) for label in labels]
         return TextPairs(base, names, prompts, words, args, world)
     loras = [_lora(args.teachers, name, given.get(name)) for name in names]
     return Loras(base, names, prompts, loras, args, world)

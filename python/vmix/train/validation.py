@@ -15,7 +15,6 @@ from PIL import Image, ImageDraw, ImageFont
 from vmix import Adapter
 from vmix.diffusers import load_vmix, set_vmix_scale, unload_vmix
 from vmix.train.base import Base
-from vmix.train.export import single
 
 TILE, GAP = 256, 8
 
@@ -48,7 +47,7 @@ class Validation:
                     columns.append((f"all, strength {scale:g}", self._pictures(lora=False)))
                 unload_vmix(base.pipe)
                 for label in adapter.labels if len(adapter.labels) > 1 else ():
-                    load_vmix(base.pipe, adapter, single(adapter, label.name))
+                    load_vmix(base.pipe, adapter, label.name)
                     columns.append((label.name, self._pictures(lora=False)))
                     unload_vmix(base.pipe)
         finally:
