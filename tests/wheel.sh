@@ -42,7 +42,7 @@ for base in ("sd15", "sdxl"):
 licences = {path.name for path in pathlib.Path(vmix.__file__).parents[1].rglob("LICENSE-*")}
 assert licences == {"LICENSE-MIT", "LICENSE-APACHE", "LICENSE-CLIP"}, licences
 PYTHON
-    "$venv/bin/vmix" init --base "$root/comfy_nodes/demo/model" --label "a red apple" --training-free \
+    "$venv/bin/vmix" init --base "$root/comfy_nodes/demo/model" --label "a red apple" \
         --out "red-$version.safetensors"
     "$venv/bin/vmix" validate "red-$version.safetensors"
     echo "wheel of $("$venv/bin/vmix" --version) on Python $version: used"
