@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
@@ -40,7 +40,7 @@ Selection: TypeAlias = Mapping[str, float]
 
 
 class Pair(NamedTuple):
-    """V_a of one layer, or f_a: for the conditional pass and, with contrast, the other one."""
+    """V_a of one layer: for the conditional pass and, with contrast, the other one."""
 
     cond: Tensor
     uncond: Tensor | None
@@ -54,7 +54,16 @@ class Label:
     name: str
     dimension: str
     default: float
+    neutral: float | None  # the weight at which it changes nothing
+    low: float  # the ends and the step of its slider
+    high: float
+    step: float
     display_names: Mapping[str, str]
+
+    @property
+    def left_out(self) -> float:
+        """Its weight where a selection leaves it out."""
+        return self.neutral or 0.0
 
 
 @dataclass(frozen=True)
@@ -66,11 +75,10 @@ class VMix:
     base: str  # "sd15", "sdxl" or "other"
     labels: tuple[Label, ...]
     context_tokens: int
-    context_dim: int | None  # presets do not say
+    context_dim: int | None  # presets do not say, nor need every adapter
     apply_to: str
     layers: Mapping[str, int]  # diffusers path → inner_dim
     selection: Selection  # of a preset; the defaults of an adapter
-    value_weights: str  # "own" or "base"
     opened: Any = None  # vmix.Adapter, vmix.Values or _PresetFile
 
     def weights(self, chosen: Selection | None) -> dict[str, float]:
@@ -84,6 +92,15 @@ class VMix:
             )
         return weights
 
+    def alone(self, *names: str) -> dict[str, float]:
+        """These labels at 1, and all others left out."""
+        return {label.name: 1.0 if label.name in names else label.left_out for label in self.labels}
+
+    def furthest(self, weights: Selection) -> str:
+        """The label furthest from where it is left out: the one to name when values overflow."""
+        label = max(self.labels, key=lambda label: abs(weights[label.name] - label.left_out))
+        return f"label {label.name!r} at weight {weights[label.name]:g}"
+
     def policy(self, apply_to: str) -> str:
         """Which passes are mixed: the file's own choice for "file"."""
         policy = self.apply_to if apply_to == "file" else apply_to
@@ -96,32 +113,18 @@ class VMix:
             )
         return policy
 
-    def values(
-        self, chosen: Selection | None, apply_to: str, dtype: torch.dtype
-    ) -> dict[str, Pair]:
-        """V_a of every layer (eq. 7), [context_tokens, inner_dim] each, by diffusers path."""
+    def values(self, chosen: Selection | None, apply_to: str) -> dict[str, Pair]:
+        """V_a of every layer (eq. 7), [context_tokens, inner_dim] in float32, by diffusers path."""
         weights, policy = self.weights(chosen), self.policy(apply_to)
         values = self.opened
         if self.kind == "adapter":
-            name = next((n for n, d in DTYPES.items() if d == dtype), "float32")
-            values = self._adapter().values(weights, apply_to=policy, dtype=name)
+            values = self._adapter().values(weights, apply_to=policy)
         pairs = {}
         for layer in self.layers:
             uncond = values.uncond(layer) if policy == "contrast" else None
             pair = Pair(from_dlpack(values[layer]), None if uncond is None else from_dlpack(uncond))
-            pairs[layer] = pair.map(lambda v: v.to(dtype))
+            pairs[layer] = pair.map(lambda v: v.float())
         return pairs
-
-    def features(self, chosen: Selection | None, apply_to: str) -> Pair:
-        """f_a (eq. 6), [context_tokens, d], for files that use the base's own value weights."""
-        adapter = self._adapter()
-        weights = self.weights(chosen)
-        f_a = from_dlpack(adapter.project(weights))
-        if self.policy(apply_to) != "contrast":
-            return Pair(f_a, None)
-        if adapter.projection == "difference":
-            return Pair(f_a, -f_a)
-        return Pair(f_a, from_dlpack(adapter.project(dict.fromkeys(weights, 0.0))))
 
     def save_preset(
         self, path: str | os.PathLike[str], chosen: Selection | None, apply_to: str, dtype: str
@@ -135,10 +138,6 @@ class VMix:
             raise ValueError(f"{self.name} is a preset already; there is nothing to save")
         self._adapter().values(weights, apply_to=policy, dtype=dtype).save(path)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the adapter."""
-        self._adapter().save(path)
-
     def _adapter(self) -> Any:
         if self.opened is None:
             raise RuntimeError(f"{self.name} is an adapter; computing its values {INSTALL}")
@@ -150,45 +149,20 @@ def open_file(path: str | os.PathLike[str], name: str = "") -> VMix:
     name = name or os.path.basename(path)
     if native is None:
         return _open_without_native(path, name)
-    return _opened(native.open(path), name)
-
-
-def read_labels(text: str) -> list[Any]:
-    """The labels of a list, on lines or between semicolons: `vmix.Label`, with what is not said."""
-    if native is None:
-        raise RuntimeError(f"making an adapter {INSTALL}")
-    labels: list[Any] = native.read_label_list(entries(text), training_free=True)
-    return labels
-
-
-def entries(text: str) -> list[str]:
-    """The labels of a list, on lines or between semicolons; lines that begin with # are none."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    parts = [part.strip() for line in lines for part in line.split(";")]
-    return [part for part in parts if part]
-
-
-def training_free(
-    name: str,
-    labels: str,
-    features: Tensor,
-    context_tokens: int,
-    layers: Sequence[tuple[str, str, int]],
-) -> VMix:
-    """An adapter from the features [N, 2, d] of a list's labels; `layers` are needed where the
-    U-Net is neither SD1.5's nor SDXL's."""
-    if native is None:
-        raise RuntimeError(f"making an adapter {INSTALL}")
-    opened = native.training_free_adapter(
-        entries(labels), features, context_tokens=context_tokens, layers=list(layers)
-    )
-    return _opened(opened, name)
-
-
-def _opened(opened: Any, name: str) -> VMix:
-    assert native is not None
+    opened = native.open(path)
+    if isinstance(opened, native.Untrained):
+        raise _no_values(name, "init")
     labels = tuple(
-        Label(label.name, label.dimension, as_written(label.default), label.display_names)
+        Label(
+            label.name,
+            label.dimension,
+            as_written(label.default),
+            None if label.neutral is None else as_written(label.neutral),
+            as_written(label.range[0]),
+            as_written(label.range[1]),
+            as_written(label.step),
+            label.display_names,
+        )
         for label in opened.labels
     )
     adapter = isinstance(opened, native.Adapter)
@@ -203,9 +177,13 @@ def _opened(opened: Any, name: str) -> VMix:
         opened.apply_to,
         {layer.name: layer.inner_dim for layer in opened.layers},
         {name: as_written(w) for name, w in selection.items()},
-        opened.value_weights if adapter else "own",
         opened,
     )
+
+
+def _no_values(name: str, kind: str | None) -> ValueError:
+    start = "; it is the start of a training" if kind == "init" else ""
+    return ValueError(f"{name}: vmix.kind: expected adapter or preset, found {kind!r}{start}")
 
 
 def as_written(weight: float) -> float:
@@ -231,6 +209,21 @@ class _PresetFile:
         return tensor
 
 
+def _label(found: Mapping[str, Any]) -> Label:
+    neutral = found.get("neutral")
+    low, high = found.get("range", (0.0, 1.0))
+    return Label(
+        found["name"],
+        found.get("dimension", ""),
+        float(found.get("default", 1.0)),
+        None if neutral is None else float(neutral),
+        float(low),
+        float(high),
+        float(found.get("step", 0.05)),
+        found.get("display_names", {}),
+    )
+
+
 def _open_without_native(path: str | os.PathLike[str], name: str) -> VMix:
     """The part of docs/format.md that a preset needs; the tensors are checked before they serve."""
     try:
@@ -241,44 +234,34 @@ def _open_without_native(path: str | os.PathLike[str], name: str) -> VMix:
         raise ValueError(f"{name}: no safetensors file: {error}") from None
     if "vmix.format" not in metadata:
         raise ValueError(f"{name}: no VMix file: its metadata has no vmix.format")
-    if metadata["vmix.format"] != "1":
-        raise ValueError(f"{name}: vmix.format: expected 1, found {metadata['vmix.format']!r}")
+    if metadata["vmix.format"] != "2":
+        raise ValueError(f"{name}: vmix.format: expected 2, found {metadata['vmix.format']!r}")
     kind = metadata.get("vmix.kind")
     if kind not in ("adapter", "preset"):
-        raise ValueError(f"{name}: vmix.kind: expected adapter or preset, found {kind!r}")
+        raise _no_values(name, kind)
     try:
         tokens = int(metadata["vmix.context_tokens"])
-        labels = tuple(
-            Label(
-                label["name"],
-                label.get("dimension", ""),
-                float(label.get("default", 1.0)),
-                label.get("display_names", {}),
-            )
-            for label in json.loads(metadata["vmix.labels"])
-        )
+        labels = tuple(map(_label, json.loads(metadata["vmix.labels"])))
         selection = {label.name: label.default for label in labels}
         if kind == "preset":
             selection = {k: float(w) for k, w in json.loads(metadata["vmix.selection"]).items()}
-        suffix = ".v_aes" if kind == "preset" else ".to_v_aes.weight"
+        suffix = ".v_aes" if kind == "preset" else ".rows"
         widths = {
-            key.removesuffix(suffix): shape[1 if kind == "preset" else 0]
+            key.removesuffix(suffix): shape[1]
             for key, shape in shapes.items()
-            if key.endswith(suffix)
+            if key.endswith(suffix) and key != "context.rows"
         }
-        if metadata.get("vmix.value_weights") == "base" and "vmix.inner_dims" in metadata:
-            widths = json.loads(metadata["vmix.inner_dims"])
+        features = shapes.get("aes_emb") if kind == "adapter" else None
         found = VMix(
             name,
             kind,
             metadata["vmix.base"],
             labels,
             tokens,
-            int(metadata["vmix.context_dim"]) if kind == "adapter" else None,
+            features[2] if features else None,
             metadata["vmix.apply_to"],
             widths,
             selection,
-            metadata.get("vmix.value_weights", "own"),
             _PresetFile(path) if kind == "preset" else None,
         )
     except (

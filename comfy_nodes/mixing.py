@@ -29,29 +29,38 @@ Chunks = tuple[int, ...]
 
 
 class Layer:
-    """λ and V_a of one layer."""
+    """λ·V_a of one layer."""
 
-    def __init__(self, path: str, strength: float, values: Pair | None) -> None:
+    def __init__(
+        self, path: str, strength: float, values: Pair, dtype: torch.dtype, selection: str
+    ) -> None:
+        """`values` are V_a, `dtype` that of what they are added to; `selection` says for messages
+        what they come from."""
         self.path = path  # of attn2 below the diffusion model, as LDM names it
         self.strength = strength
-        self.values = values  # None: to be computed with the layer's own W_V
+        self.selection = selection
+        self.values = self.cast(values.map(lambda v: strength * v), dtype)
         self._patched: tuple[Any, ...] = (None,)
 
-    def on(self, like: Tensor) -> Pair:
-        """V_a where the layer computes, and in its dtype."""
-        pair = self.values
-        assert pair is not None
-        if pair.cond.device != like.device or pair.cond.dtype != like.dtype:
-            pair = self.values = pair.map(lambda v: v.to(like))
-        return pair
+    def cast(self, values: Pair, dtype: torch.dtype) -> Pair:
+        """λ·V_a in a dtype that must hold it: in silence, infinities would spread everywhere."""
+        values = values.map(lambda v: v.to(dtype))
+        if not all(v is None or v.isfinite().all() for v in values):
+            raise ValueError(
+                f"{self.path}: expected values times strength that "
+                f"{str(dtype).removeprefix('torch.')} can hold, found more: {self.selection}, "
+                f"strength {self.strength:g}"
+            )
+        return values
 
-    def mixed(self, value: Tensor, aes: Tensor | None, tokens: int) -> Tensor:
-        """V_c + λ·V_a (eq. 9) for `value` [B, k·tokens, inner_dim]."""
-        if aes is None:
-            return value
-        batch, length, width = value.shape
-        tiled = value.reshape(batch, length // tokens, tokens, width)
-        return torch.add(tiled, aes, alpha=self.strength).view(value.shape)
+    def on(self, like: Tensor) -> Pair:
+        """λ·V_a where the layer computes, and in its dtype."""
+        pair = self.values
+        if pair.cond.dtype != like.dtype:
+            pair = self.values = self.cast(pair, like.dtype)
+        if pair.cond.device != like.device:
+            pair = self.values = pair.map(lambda v: v.to(like.device))
+        return pair
 
     def value_forward(self, original: Any, chunks: Chunks, apply_to: str, tokens: int) -> Any:
         """`to_v.forward` with λ·V_a added. The same function for the same arguments, so that a
@@ -65,10 +74,10 @@ class Layer:
             check_tokens(self.path, value.shape[1], tokens)
             pair = self.on(value)
             if apply_to == "both" or not any(chunks):
-                return self.mixed(value, pair.cond, tokens)
+                return mixed(value, pair.cond, tokens)
             parts = split(self.path, value, chunks)
             return torch.cat(
-                [self.mixed(v, pair[c], tokens) for v, c in zip(parts, chunks, strict=True)]
+                [mixed(v, pair[c], tokens) for v, c in zip(parts, chunks, strict=True)]
             )
 
         self._patched = (key, forward)
@@ -85,17 +94,15 @@ class ValueMix:
         apply_to: str,
         start_percent: float = 0.0,
         end_percent: float = 1.0,
-        features: Pair | None = None,
         mask: Tensor | None = None,
         attention: Attention | None = None,
     ) -> None:
-        """`features` is f_a, for layers without values; `mask` [M, H, W] needs `attention`."""
+        """`mask` [M, H, W] needs `attention`."""
         self.layers = [layer for layer in layers if layer.strength != 0.0]
         self.tokens = tokens
         self.apply_to = apply_to
         self.start_percent = start_percent
         self.end_percent = end_percent
-        self.features = features
         self.mask = mask
         self.attention = attention
 
@@ -122,21 +129,12 @@ class ValueMix:
             <= model_sampling.percent_to_sigma(self.start_percent)
         )
 
-    def new_run(self, *_: Any) -> None:
-        """Forgets V_a that was computed with the base's W_V: its LoRAs, or the hooks that change
-        weights during the sampling, may be others now."""
-        if self.features is not None:
-            for layer in self.layers:
-                layer.values = None
-
     def _forwards(
         self, diffusion_model: Any, chunks: Chunks, latent: Sequence[int]
     ) -> Iterator[tuple[Any, Any]]:
         """The modules to patch, found anew each time, and what to call instead of them."""
         for layer in self.layers:
             attn = find(diffusion_model, layer.path)
-            if layer.values is None:
-                layer.values = self._own_values(attn.to_v)
             if self.mask is None:
                 original = attn.to_v.forward
                 yield (
@@ -145,17 +143,6 @@ class ValueMix:
                 )
             else:
                 yield from self._masked(layer, attn, chunks, latent)
-
-    def _own_values(self, to_v: Any) -> Pair:
-        """V_a = f_a·W_Vᵀ with the layer's own W_V; the class's forward, for other VMix nodes and
-        other packs may sit on the instance's."""
-        assert self.features is not None
-        weight = to_v.weight
-        # Layers that cast their weights do so to the dtype of what comes in.
-        casts = getattr(to_v, "comfy_cast_weights", False) or weight.dtype.itemsize == 1
-        dtype = torch.float32 if casts else weight.dtype
-        forward = type(to_v).forward
-        return self.features.map(lambda f_a: forward(to_v, f_a[None].to(weight.device, dtype))[0])
 
     def _masked(
         self, layer: Layer, attn: Any, chunks: Chunks, latent: Sequence[int]
@@ -210,8 +197,16 @@ class ValueMix:
             v = aes.repeat(k.shape[1] // self.tokens, 1).expand(k.shape[0], -1, -1)
             out = self.attention(q, k, v, attn.heads, attn_precision=attn.attn_precision)
             rows = torch.arange(len(out), device=mask.device) % len(mask)
-            parts.append(out * (layer.strength * mask[rows]))
+            parts.append(out * mask[rows])
         return torch.cat(parts)
+
+
+def mixed(value: Tensor, aes: Tensor | None, tokens: int) -> Tensor:
+    """V_c + λ·V_a (eq. 9) for V_c [B, k·tokens, inner_dim] and λ·V_a [tokens, inner_dim]."""
+    if aes is None:
+        return value
+    batch, length, width = value.shape
+    return (value.reshape(batch, length // tokens, tokens, width) + aes).view(value.shape)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.modules.attention
@@ -13,11 +12,11 @@ import comfy.utils
 import folder_paths
 import latent_preview
 import torch
-from comfy.patcher_extension import CallbacksMP, WrappersMP
+from comfy.patcher_extension import WrappersMP
 from comfy_api.latest import ComfyExtension, io
 
-from . import demo_model, training_free
-from .files import APPLY_TO, DTYPES, Selection, VMix, as_written, open_file, read_labels
+from . import demo_model
+from .files import APPLY_TO, DTYPES, Selection, VMix, open_file
 from .grid import draw_row
 from .mixing import Layer, ValueMix, layer_paths
 from .selection import block_of, block_strengths, parse_selection, parse_strengths
@@ -67,8 +66,8 @@ class VMixAesthetics(io.ComfyNode):  # type: ignore[misc]
             node_id="VMixAesthetics",
             display_name="VMix Aesthetics",
             category=CATEGORY,
-            description="One slider for each label of the connected file: 0 is the label's "
-            "negative, 1 its positive. Labels that are not set have the file's default.",
+            description="One slider for each label of the connected file, with the range that the "
+            "file gives it. Labels that are not set have the file's default.",
             inputs=[
                 VMIX.Input("vmix", tooltip="The file whose labels these are."),
                 io.String.Input(
@@ -85,7 +84,7 @@ class VMixAesthetics(io.ComfyNode):  # type: ignore[misc]
     def execute(cls, vmix: VMix, aesthetics: str) -> io.NodeOutput:
         weights = vmix.weights(parse_selection(aesthetics))
         # For sliders whose file the browser cannot find by following links.
-        return io.NodeOutput(weights, ui={"vmix_labels": [labels_of_file(vmix)]})
+        return io.NodeOutput(weights, ui={"vmix_labels": [labels_of(vmix)]})
 
 
 class VMixApply(io.ComfyNode):  # type: ignore[misc]
@@ -343,62 +342,6 @@ class VMixDemoModel(io.ComfyNode):  # type: ignore[misc]
         return io.NodeOutput(*demo_model.load())
 
 
-class VMixInit(io.ComfyNode):  # type: ignore[misc]
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="VMixInit",
-            display_name="VMix Training-Free Start",
-            category=CATEGORY,
-            description="Experimental: not the trained adapter of the paper. Makes labels of your "
-            "own words that work at once with Apply VMix on the checkpoint they come from, SD1.5 "
-            "or SDXL, from its text encoder and its own value weights.",
-            inputs=[
-                io.Clip.Input(
-                    "clip",
-                    tooltip="The checkpoint's text encoder, with LoRA and clip-skip as they are.",
-                ),
-                io.String.Input(
-                    "labels",
-                    multiline=True,
-                    default="vibrant color\nnatural lighting\nsharp focus: sharp focus | blurry",
-                    placeholder="name: positive text | negative text",
-                    tooltip="A label on every line or between semicolons: a name; or a name, a "
-                    "colon and the positive text; and after a vertical bar the negative text, "
-                    "otherwise the empty one. Experimental.",
-                ),
-                io.String.Input(
-                    "filename_prefix",
-                    default="",
-                    tooltip="In models/vmix, where Load VMix finds it; a counter is added. Empty: "
-                    "nothing is saved.",
-                ),
-                io.Model.Input(
-                    "model",
-                    optional=True,
-                    tooltip="Only for U-Nets that are neither SD1.5's nor SDXL's.",
-                ),
-            ],
-            outputs=[VMIX.Output(display_name="vmix")],
-            is_output_node=True,
-            is_experimental=True,
-        )
-
-    @classmethod
-    def execute(
-        cls, clip: Any, labels: str, filename_prefix: str, model: Any = None
-    ) -> io.NodeOutput:
-        if model is None:
-            vmix = training_free.make(clip, labels)
-        else:
-            vmix = training_free.make(clip, labels, *cross_attentions(model))
-        if not filename_prefix.strip():
-            return io.NodeOutput(vmix)
-        path = free_path(filename_prefix, os.path.join(folder_paths.models_dir, FOLDER))
-        vmix.save(path)
-        return io.NodeOutput(vmix, ui={"text": [f"saved {path}"]})
-
-
 def free_path(filename_prefix: str, root: str) -> str:
     """A new file's path below a folder, numbered as ComfyUI numbers what it saves."""
     root = os.path.abspath(root)
@@ -449,21 +392,21 @@ def applied(
     strengths = {name: strength * factors[block_of(path)] for name, path in paths.items()}
     if not any(strengths.values()):
         return clone
-    own = vmix.value_weights == "own"
-    values = vmix.values(weights, policy, compute_dtype(model)) if own else {}
+    values = vmix.values(weights, policy)
+    dtype, selection = compute_dtype(model), vmix.furthest(weights)
     mix = ValueMix(
-        [Layer(path, strengths[name], values.get(name)) for name, path in paths.items()],
+        [
+            Layer(path, strengths[name], values[name], dtype, selection)
+            for name, path in paths.items()
+        ],
         vmix.context_tokens,
         policy,
         start_percent,
         end_percent,
-        features=None if own else vmix.features(weights, policy),
         mask=None if mask is None else mask.reshape(-1, *mask.shape[-2:]),
         attention=comfy.ldm.modules.attention.optimized_attention,
     )
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, mix)
-    for when in (CallbacksMP.ON_PRE_RUN, CallbacksMP.ON_APPLY_HOOKS):
-        clone.add_callback_with_key(when, KEY, mix.new_run)
     return clone
 
 
@@ -476,22 +419,19 @@ def checked_layers(model: Any, vmix: VMix) -> dict[str, str]:
         to_v = model.get_model_object(f"diffusion_model.{path}.to_v")
         # Another pack's module in its place need not tell its width.
         found[name] = getattr(to_v, "out_features", vmix.layers.get(name))
-    expected: dict[str, Any] = dict(vmix.layers)
-    if vmix.value_weights == "base":  # V_a is as wide as what the model's own to_v returns
-        expected = {name: found.get(name, width) for name, width in expected.items()}
     context = config.unet_config.get("context_dim") if found else None
-    if found == expected and vmix.context_dim in (None, context):
+    if found == vmix.layers and vmix.context_dim in (None, context):
         return paths
     kind = type(config).__name__
     theirs = f"{len(found)} layers, context {context}" if found else "no such layers"
-    ours = f"{len(expected)} cross-attention layers"
+    ours = f"{len(vmix.layers)} cross-attention layers"
     if vmix.context_dim is not None:
         ours += f", context {vmix.context_dim}"
     first = ""
-    for layer in sorted({*found, *expected}) if found else ():
-        if found.get(layer) != expected.get(layer):
+    for layer in sorted({*found, *vmix.layers}) if found else ():
+        if found.get(layer) != vmix.layers.get(layer):
             first = (
-                f"; {layer}: expected width {expected.get(layer, '(no such layer)')}, "
+                f"; {layer}: expected width {vmix.layers.get(layer, '(no such layer)')}, "
                 f"found {found.get(layer, '(no such layer)')}"
             )
             break
@@ -501,20 +441,6 @@ def checked_layers(model: Any, vmix: VMix) -> dict[str, str]:
     )
 
 
-def cross_attentions(model: Any) -> tuple[list[training_free.UNetLayer], int]:
-    """All layers of a model, and the width of its context."""
-    config = model.model.model_config
-    layers = []
-    for name, path in layer_paths(comfy.utils.unet_to_diffusers(config.unet_config)).items():
-        attn = model.get_model_object(f"diffusion_model.{path}")
-        layers.append((name, path, attn.heads * attn.dim_head))
-    if not layers:
-        raise ValueError(
-            f"model: expected a U-Net with cross-attention, found {type(config).__name__}"
-        )
-    return layers, config.unet_config["context_dim"]
-
-
 def compute_dtype(model: Any) -> torch.dtype:
     """What the model's layers compute in, so that V_a takes no more memory than it must."""
     dtype = model.model.manual_cast_dtype or model.model.get_dtype()
@@ -522,7 +448,7 @@ def compute_dtype(model: Any) -> torch.dtype:
 
 
 def label_cells(vmix: VMix, strength: float) -> list[tuple[str, Selection | None, float]]:
-    """Captions, selections and strengths: without, all positive, every label alone, none."""
+    """Captions, selections and strengths: without, all labels, every label alone, none."""
     if vmix.kind == "preset":
         raise ValueError(
             f"{vmix.name} is a preset: it holds one selection, and its labels cannot be compared; "
@@ -531,39 +457,31 @@ def label_cells(vmix: VMix, strength: float) -> list[tuple[str, Selection | None
     names = [label.name for label in vmix.labels]
     return [
         ("without VMix", None, 0.0),
-        ("all labels", dict.fromkeys(names, 1.0), strength),
-        *((f"only {n}", {m: float(m == n) for m in names}, strength) for n in names),
-        ("no label", dict.fromkeys(names, 0.0), strength),
+        ("all labels", vmix.alone(*names), strength),
+        *((f"only {name}", vmix.alone(name), strength) for name in names),
+        ("no label", vmix.alone(), strength),
     ]
 
 
-def labels_of(
-    name: str, kind: str, labels: Sequence[Any], weights: Mapping[str, float]
-) -> dict[str, Any]:
+def labels_of(vmix: VMix) -> dict[str, Any]:
     """What the sliders are drawn from."""
     return {
-        "name": name,
-        "kind": kind,
+        "name": vmix.name,
+        "kind": vmix.kind,
         "labels": [
             {
                 "name": label.name,
                 "dimension": label.dimension,
-                "weight": weights[label.name],
+                "weight": vmix.selection[label.name],  # unless another is chosen
+                "neutral": label.neutral,
+                "low": label.low,
+                "high": label.high,
+                "step": label.step,
                 "display_names": dict(label.display_names),
             }
-            for label in labels
+            for label in vmix.labels
         ],
     }
-
-
-def labels_of_file(vmix: VMix) -> dict[str, Any]:
-    return labels_of(vmix.name, vmix.kind, vmix.labels, vmix.selection)
-
-
-def labels_of_list(text: str) -> dict[str, Any]:
-    labels = read_labels(text)
-    weights = {label.name: as_written(label.default) for label in labels}
-    return labels_of(training_free.NAME, "adapter", labels, weights)
 
 
 def register_folders() -> None:
@@ -577,14 +495,12 @@ def register_folders() -> None:
 
 
 def register_routes() -> None:
-    """GET /vmix/labels?vmix_name=… (or ?demo=1, or ?list=… of VMixInit), for the sliders."""
+    """GET /vmix/labels?vmix_name=… (or ?demo=1), for the sliders."""
     from aiohttp import web
     from server import PromptServer
 
     async def labels(request: web.Request) -> web.Response:
         try:
-            if "list" in request.query:
-                return web.json_response(labels_of_list(request.query["list"]))
             if "demo" in request.query:
                 vmix = open_file(demo_model.ADAPTER, demo_model.NAME)
             else:
@@ -595,7 +511,7 @@ def register_routes() -> None:
                 vmix = open_file(folder_paths.get_full_path_or_raise(FOLDER, name), name)
         except (OSError, RuntimeError, ValueError) as error:
             return web.json_response({"error": str(error)}, status=404)
-        return web.json_response(labels_of_file(vmix))
+        return web.json_response(labels_of(vmix))
 
     if getattr(PromptServer, "instance", None) is not None:
         PromptServer.instance.routes.get("/vmix/labels")(labels)
@@ -613,5 +529,4 @@ class VMixExtension(ComfyExtension):  # type: ignore[misc]
             VMixSavePreset,
             VMixCompare,
             VMixDemoModel,
-            VMixInit,
         ]

@@ -251,11 +251,17 @@ impl Adapter {
             return Ok(None);
         };
         let pairs = aes_emb.chunks_exact(2 * d).zip(&weights);
+        let kind = self.coefficient_kind();
         // Positive and negative come out exactly as AesEmb holds them.
         let f_t = pairs.flat_map(|(pair, &w)| {
             let (positive, negative) = pair.split_at(d);
             let both = positive.iter().zip(negative);
-            both.map(move |(t, t_hat)| (1.0 - w) * t_hat + w * t)
+            // How far it is from the negative, at 0, to the positive, at 1.
+            let place = match kind {
+                CoefficientKind::LayerNorm => w,
+                CoefficientKind::Linear => (1.0 + w) / 2.0,
+            };
+            both.map(move |(t, t_hat)| (1.0 - place) * t_hat + place * t)
         });
         let f_t = Tensor::rounded([weights.len(), d], f_t.collect(), DType::F32);
         match f_t.is_finite() {

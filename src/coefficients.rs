@@ -142,5 +142,17 @@ mod tests {
         assert_eq!(linear.exact(&[0.5]), [0.5, 0.0, 1.0, 0.0]);
         assert_eq!(linear.exact(&[-0.5]), [0.0, 0.25, 0.0, 0.5]);
         assert_eq!(linear.exact(&[0.0]), [0.0; 4]);
+
+        let [negative, positive] = [Side::Negative, Side::Positive].map(|side| Row {
+            label: Some(1),
+            side,
+        });
+        let two = Coefficients {
+            rows: vec![negative, POSITIVE, positive],
+            profile: vec![1.0, 2.0, 3.0],
+            scaling: Scaling::Linear,
+        };
+        assert_eq!(two.exact(&[0.0, -0.5]), [0.5, 0.0, 0.0]);
+        assert_eq!(two.exact(&[0.0, 0.5]), [0.0, 0.0, 1.5]);
     }
 }

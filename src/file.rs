@@ -82,8 +82,13 @@ impl File {
                 .take(header.min(LONGEST_HEADER))
                 .read_to_end(&mut bytes)
                 .map_err(io_error)?;
-            if header > LONGEST_HEADER {
-                return Self::parse(name, Bytes::Owned(bytes)); // which says what it is instead
+            let size = usize::try_from(len).unwrap_or(usize::MAX);
+            if let Some(detail) = explain(&bytes, size) {
+                return Err(Error::Safetensors {
+                    file: name,
+                    detail: format!(" ({detail})"),
+                    source: SafeTensorError::MetadataIncompleteBuffer,
+                });
             }
             let holds = |word: &[u8]| bytes.windows(word.len()).any(|part| part == word);
             if !holds(b"vmix.format") {
@@ -132,7 +137,8 @@ impl File {
     fn parse(name: String, bytes: Bytes) -> Result<Self> {
         let refused = |source| Error::Safetensors {
             file: name.clone(),
-            detail: explain(bytes.as_ref()).map_or(String::new(), |detail| format!(" ({detail})")),
+            detail: explain(bytes.as_ref(), bytes.as_ref().len())
+                .map_or(String::new(), |detail| format!(" ({detail})")),
             source,
         };
         let (header_len, header) = SafeTensors::read_metadata(bytes.as_ref()).map_err(refused)?;
@@ -342,14 +348,14 @@ fn mistaken_for(bytes: &[u8]) -> Option<&'static str> {
     }
 }
 
-/// What is wrong with a file that the safetensors crate refused, where that can be said.
-fn explain(bytes: &[u8]) -> Option<String> {
+/// What is wrong with a file of `len` bytes that begins with these, its header among them, where that can
+/// be said.
+fn explain(bytes: &[u8], len: usize) -> Option<String> {
     if let Some(other) = mistaken_for(bytes) {
         return Some(other.to_owned());
     }
     let (size, rest) = bytes.split_first_chunk::<8>()?;
     let size = u64::from_le_bytes(*size);
-    let len = bytes.len();
     let Some(json) = usize::try_from(size).ok().and_then(|size| rest.get(..size)) else {
         return Some(format!(
             "the first 8 bytes ask for a header of {size}, the file has {len}"

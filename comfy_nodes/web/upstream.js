@@ -32,10 +32,6 @@ export function findText(node, name, path = []) {
 
 function queryOf({ node, path }) {
   if (node?.comfyClass === "VMixDemoModel") return "demo=1";
-  if (node?.comfyClass === "VMixInit") {
-    const list = findText(node, "labels", path)?.value;
-    return typeof list === "string" ? String(new URLSearchParams({ list })) : null;
-  }
   const name = node?.comfyClass === "VMixLoader" && findText(node, "vmix_name", path)?.value;
   return name ? String(new URLSearchParams({ vmix_name: name })) : null;
 }

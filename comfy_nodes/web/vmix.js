@@ -12,9 +12,9 @@ const MARGIN = 6;
 const TEXTS = {
   en: {
     all: ["all", "Every label at 1"],
-    none: ["none", "Every label at 0"],
+    none: ["none", "Every label at its neutral weight, or at 0"],
     defaults: ["defaults", "The file's own weights"],
-    only: ["only", "This label at 1, all others at 0"],
+    only: ["only", "This label at 1, all others at their neutral weight, or at 0"],
     remove: ["remove", "Remove it from the text"],
     unconnected: "Connect a VMix file to see its labels.",
     untraceable: "Which file this will be is known only when it runs; run once to see its labels.",
@@ -29,9 +29,9 @@ const TEXTS = {
   },
   zh: {
     all: ["全部", "所有标签设为 1"],
-    none: ["全不", "所有标签设为 0"],
+    none: ["全不", "所有标签设为中性权重，没有中性权重的设为 0"],
     defaults: ["默认", "文件自带的权重"],
-    only: ["仅此", "此标签设为 1，其余设为 0"],
+    only: ["仅此", "此标签设为 1，其余设为中性权重，没有中性权重的设为 0"],
     remove: ["移除", "从文本中移除"],
     unconnected: "连接 VMix 文件后显示其标签。",
     untraceable: "运行时才能确定是哪个文件；运行一次后显示其标签。",
@@ -190,11 +190,10 @@ class Panel {
   }
 
   buttons(labels) {
-    const each = (weight) => new Map(labels.map(({ name }) => [name, weight]));
     const bar = element("div", "vmix-buttons");
     bar.append(
-      button("all", () => this.commit(each(1))),
-      button("none", () => this.commit(each(0))),
+      button("all", () => this.commit(alone(labels, () => true))),
+      button("none", () => this.commit(alone(labels, () => false))),
       button("defaults", () => this.commit(new Map())),
     );
     return bar;
@@ -205,11 +204,11 @@ class Panel {
     const [name, tooltip] = described(label);
     const title = element("span", "vmix-name", name);
     const slider = element("input", "vmix-slider");
-    Object.assign(slider, { type: "range", min: 0, max: 2, step: 0.05 });
+    Object.assign(slider, { type: "range", min: label.low, max: label.high, step: label.step });
     const number = element("input", "vmix-number");
-    Object.assign(number, { type: "number", step: 0.05 });
+    Object.assign(number, { type: "number", step: label.step });
     const only = button("only", () => {
-      this.commit(new Map(this.file.labels.map((l) => [l.name, l.name === label.name ? 1 : 0])));
+      this.commit(alone(this.file.labels, ({ name }) => name === label.name));
     });
     for (const input of [slider, number]) input.ariaLabel = name;
     for (const part of [title, slider, number]) part.title = tooltip;
@@ -273,6 +272,11 @@ class Panel {
     if (wanted !== node.size[1]) node.setSize([node.size[0], wanted]);
     node.graph?.setDirtyCanvas(true, true);
   }
+}
+
+/** Some labels at 1, and all others left out. */
+function alone(labels, chosen) {
+  return new Map(labels.map((label) => [label.name, chosen(label) ? 1 : label.neutral ?? 0]));
 }
 
 /** The labels as GET /vmix/labels gives them, or {error}. */

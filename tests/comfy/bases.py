@@ -22,6 +22,8 @@ from comfy_nodes.files import VMix, open_file
 
 LABELS = ("light", "color", "focus")
 WEIGHTS = {"light": 1.0, "color": 0.25, "focus": 1.75}  # of every test's selection
+NEUTRAL = {"focus": 0.5}  # the other labels have no neutral weight
+OPPOSITE = [0.0, 0.0, -0.75]  # of WEIGHTS: 2·neutral − w, or 0
 D = {"sd15": 768, "sdxl": 2048}
 
 
@@ -30,7 +32,7 @@ class Base:
     kind: str
     model: Any
     layers: Mapping[str, tuple[str, int]]  # diffusers path → LDM path, inner_dim
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # the paper's matrices
     vmix: VMix | None = None
     size: int = 8  # of the latents
 
@@ -91,6 +93,7 @@ class Base:
             self.tensors,
             self.ldm_names,
             list(WEIGHTS.values()),
+            OPPOSITE,
             per_depth=self.kind == "sdxl",
             **options,
         )
@@ -129,21 +132,17 @@ def adapter_tensors(base: Base, seed: int = 3) -> dict[str, Tensor]:
 
 def adapter_metadata(base: Base, known: bool = False, **more: str) -> dict[str, str]:
     """`known`: as an adapter for SD1.5 or SDXL; a mini is neither."""
+    labels = [
+        {"name": n, "positive": [f"good {n}"], "negative": ["[V]"], "neutral": NEUTRAL.get(n)}
+        for n in LABELS
+    ]
     metadata = {
-        "vmix.format": "1",
-        "vmix.kind": "adapter",
         "vmix.base": base.kind if known else "other",
-        "vmix.labels": json.dumps(
-            [{"name": n, "positive": f"good {n}", "negative": "[V]"} for n in LABELS]
-        ),
+        "vmix.labels": json.dumps(labels),
         "vmix.context_tokens": "77",
-        "vmix.context_dim": str(D[base.kind]),
-        "vmix.feature": "context_eot",
         "vmix.norm_eps": "1e-5",
-        "vmix.projection": "learned",
-        "vmix.value_weights": "own",
         "vmix.apply_to": "cond",
-        "vmix.trained": "no",
+        "vmix.made": '{"method": "trained"}',
     }
     if not known:
         metadata["vmix.ldm_names"] = json.dumps(base.ldm_names)
@@ -153,7 +152,7 @@ def adapter_metadata(base: Base, known: bool = False, **more: str) -> dict[str, 
 def give_adapter(base: Base, folder: Path, known: bool = False, seed: int = 3) -> Base:
     base.tensors = adapter_tensors(base, seed)
     path = folder / f"{base.kind}-{seed}.safetensors"
-    vmix.Adapter.from_tensors(base.tensors, adapter_metadata(base, known)).save(path)
+    vmix.Adapter.from_matrices(base.tensors, adapter_metadata(base, known)).save(path)
     base.vmix = open_file(path)
     return base
 

@@ -20,8 +20,10 @@ if not host.missing:
     import comfy.sample
     import comfy.utils
     from bases import difference
+    from safetensors.torch import load_file
+    from two_branches import two_branches
 
-    from comfy_nodes import demo_model
+    from comfy_nodes import demo_model, nodes
     from comfy_nodes.files import open_file
     from comfy_nodes.mixing import layer_paths
 
@@ -99,6 +101,35 @@ def test_picture(pipe: Any, demo: Any) -> None:
     # The schedules differ a little at the first step, where the signal is zero: the same picture,
     # not the same numbers.
     assert (found - expected).abs().mean() <= 0.02
+
+
+def test_adapter(demo: Any) -> None:
+    """What the adapter mixes is what the paper's matrices say that it was made from."""
+    model, clip, _, vmix = demo
+    file = host.ROOT / "tests" / "data" / "demo_matrices.safetensors"
+    matrices = {name: tensor.float() for name, tensor in load_file(file).items()}
+    weights = {"vibrant color": 1.0, "natural lighting": 0.25, "sharp focus": 1.75}
+    weights = {**weights, "balanced composition": 0.0}
+    assert list(weights) == [label.name for label in vmix.labels]
+    assert {label.neutral for label in vmix.labels} == {None}  # so that the opposites are 0
+    paths = layer_paths(comfy.utils.unet_to_diffusers(demo_model.UNET_CONFIG))
+    ours = nodes.applied(model, vmix, weights, 1.0, apply_to="contrast")
+    literal = two_branches(
+        model, matrices, paths, list(weights.values()), [0.0] * 4, apply_to="contrast"
+    )
+    prompts = [clip.encode_from_tokens_scheduled(clip.tokenize(t)) for t in ("a red apple", "")]
+    latent = torch.zeros(1, 16, 8, 8)
+    noise = comfy.sample.prepare_noise(latent, 3)
+
+    def sample(mixed: Any) -> torch.Tensor:
+        return comfy.sample.sample(
+            mixed, noise, 3, 3.0, "ddim", "sgm_uniform", *prompts, latent,
+            disable_pbar=True, seed=3,
+        )  # fmt: skip
+
+    expected = sample(literal)
+    assert difference(expected, sample(model)) > 1e-2
+    assert difference(sample(ours), expected) <= 2e-5
 
 
 def test_layers_have_the_names_of_the_file() -> None:

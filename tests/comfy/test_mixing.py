@@ -64,13 +64,14 @@ def run(
     tokens: int = TOKENS,
     sigma: float = 5.0,
     batch: int = 2,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     draw = torch.Generator().manual_seed(1)
     x = torch.randn(batch, WIDTH, 4, 6, generator=draw)
     context = torch.randn(batch, tokens, CONTEXT, generator=draw)
     options = {} if chunks is None else {"cond_or_uncond": chunks}
-    executor = Executor(attn, context)
-    args = (x, torch.full((batch,), sigma), None, None, None, options)
+    executor = Executor(attn, context.to(dtype))
+    args = (x.to(dtype), torch.full((batch,), sigma), None, None, None, options)
     return executor(*args) if mix is None else mix(executor, *args)
 
 
@@ -98,8 +99,14 @@ def pair(contrast: bool = False) -> Pair:
     return Pair(cond, uncond if contrast else None)
 
 
-def mix(values: Pair, apply_to: str = "cond", strength: float = 0.7, **options: Any) -> ValueMix:
-    layer = Layer("block", strength, values)
+def mix(
+    values: Pair,
+    apply_to: str = "cond",
+    strength: float = 0.7,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> ValueMix:
+    layer = Layer("block", strength, values, dtype, "label 'light' at weight 10")
     return ValueMix([layer], TOKENS, apply_to, attention=attend, **options)
 
 
@@ -197,27 +204,34 @@ def test_window(
     assert torch.equal(found, run(attn, None)) != acts
 
 
-def test_values_of_the_base(attn: CrossAttention) -> None:
-    """Without weights of its own, V_a = f_a·W_Vᵀ with the layer's weight of this run."""
-    f_a = torch.randn(TOKENS, CONTEXT, generator=torch.Generator().manual_seed(3))
-    outer = mix(pair(), strength=0.3)  # another node's values must not get into ours
-    inner = ValueMix([Layer("block", 0.7, None)], TOKENS, "cond", features=Pair(f_a, None))
+def test_values_that_the_dtype_cannot_hold() -> None:
+    """An error where they get the dtype that is mixed, in whichever pass, and in no other dtype."""
+    half = torch.float16
+    message = (
+        "^block: expected values times strength that float16 can hold, found more: "
+        "label 'light' at weight 10, strength 100000$"
+    )
+    for values in (pair(), Pair(torch.zeros(TOKENS, WIDTH), pair().cond)):
+        with pytest.raises(ValueError, match=message):
+            mix(values, strength=1e5, dtype=half)
+    mix(pair(), strength=1e3, dtype=half)
+    (layer,) = mix(pair(), strength=1e5).layers
+    for dtype in (torch.float32, torch.bfloat16):
+        layer.on(torch.empty(0, dtype=dtype))
+    with pytest.raises(ValueError, match=message):
+        layer.on(torch.empty(0, dtype=half))
 
-    def stacked() -> Tensor:
-        def executor(*args: Any, **kwargs: Any) -> Tensor:
-            return inner(executor.inner, *args, **kwargs)
 
-        draw = torch.Generator().manual_seed(1)
-        x = torch.randn(2, WIDTH, 4, 6, generator=draw)
-        executor.inner = Executor(attn, torch.randn(2, TOKENS, CONTEXT, generator=draw))
-        executor.class_obj = executor.inner.class_obj
-        return outer(executor, x, torch.ones(2), None, None, None, {"cond_or_uncond": [1, 0]})
-
-    for _ in range(2):
-        v_a = 0.3 * pair().cond + 0.7 * f_a @ attn.to_v.weight.T
-        torch.testing.assert_close(stacked(), literal(attn, [None, v_a], 1.0), rtol=0, atol=5e-6)
-        attn.to_v.weight.mul_(1.5)  # a LoRA, say: noticed by the next run
-        inner.new_run()
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+def test_a_strength_that_the_dtype_cannot_hold(attn: CrossAttention, masked: bool) -> None:
+    """What counts is its product with the values."""
+    values = pair().map(lambda v: v * 1e-5)
+    expected = literal(attn, [None, values.cond], 1e5)
+    options = {"mask": torch.ones(1, 8, 8)} if masked else {}
+    half = torch.float16
+    found = run(attn.half(), mix(values, strength=1e5, dtype=half, **options), [1, 0], dtype=half)
+    # Eleven bits, and numbers of order one.
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=5e-3)
 
 
 def test_errors(attn: CrossAttention) -> None:

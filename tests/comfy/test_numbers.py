@@ -372,6 +372,19 @@ def test_computing_in_half_precision(
     assert found <= 1.5 * rounding
 
 
+def test_overflow(sd15: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error before anything is sampled, where fp16 cannot hold what fp32 can."""
+    options = {"strength": 10.0, "blocks": "in1=1e4", "aesthetics": {"light": 10.0}}
+    sd15.ours(sd15.model, **options)
+    monkeypatch.setattr(sd15.model.model, "manual_cast_dtype", torch.float16)
+    message = (
+        r"^input_blocks\.1\.1\.transformer_blocks\.0\.attn2: expected values times strength that "
+        r"float16 can hold, found more: label 'light' at weight 10, strength 100000$"
+    )
+    with pytest.raises(ValueError, match=message):
+        sd15.ours(sd15.model, **options)
+
+
 @pytest.mark.parametrize("with_lora", [False, True], ids=["", "LoRA"])
 def test_forced_offload(sd15: Base, model_file: Any, with_lora: bool) -> None:
     """Half of the weights stay outside and are patched and cast at every call."""

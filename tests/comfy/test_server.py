@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import urllib.error
-import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import host
 import numpy as np
 import pytest
 from comfy_server import PromptError, Server
-from workflows import api, apply, changed, demo, node, pixels, sampled
+from safetensors import safe_open
+from workflows import apply, changed, demo, node, pixels, sampled
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 DEMO = host.ROOT / "comfy_nodes" / "demo"
@@ -31,7 +31,6 @@ NODES = {
         "aesthetics",
     ],
     "VMixDemoModel": [],
-    "VMixInit": ["clip", "labels", "filename_prefix", "model"],
 }  # fmt: skip
 
 
@@ -57,7 +56,6 @@ def test_ids_and_order_of_widgets(server: Server) -> None:
         order = info[name]["input_order"]
         assert [*order.get("required", []), *order.get("optional", [])] == inputs
     assert info["VMixApply"]["output"] == ["MODEL"]
-    assert {name for name in NODES if info[name].get("experimental")} == {"VMixInit"}
     assert info["VMixDemoModel"]["output"] == ["MODEL", "CLIP", "VAE", "VMIX"]
 
 
@@ -74,7 +72,12 @@ def test_labels_for_the_sliders(server: Server) -> None:
     assert [label["name"] for label in expected["labels"]] == [
         "vibrant color", "natural lighting", "sharp focus", "balanced composition",
     ]  # fmt: skip
-    assert {label["weight"] for label in expected["labels"]} == {1.0}
+    with safe_open(DEMO / "adapter.safetensors", "np") as file:
+        said = json.loads(file.metadata()["vmix.labels"])
+    for found, label in zip(expected["labels"], said, strict=True):
+        assert found["weight"] == label.get("default", 1)
+        assert [found["low"], found["high"]] == label.get("range", [0, 1])
+        assert (found["step"], found["neutral"]) == (label.get("step", 0.05), label.get("neutral"))
     found = server.get("/vmix/labels?vmix_name=sub/demo.safetensors")
     assert found["labels"] == expected["labels"]
     for name in ("../server.log", "/etc/passwd", "none.safetensors", ""):
@@ -137,63 +140,6 @@ def test_preset(server: Server) -> None:
     loading["apply"] = apply(["demo", 0], ["load", 0], aesthetics=["aesthetics", 0])
     with pytest.raises(PromptError, match="is a preset: it holds the values of one selection"):
         server.run(loading)
-
-
-def test_training_free(server: Server) -> None:
-    """Words to a picture; saved once, found by the loader, and the same picture again."""
-    prompt = demo(strength=2.0)
-    without = pixels(
-        server.image(server.run(changed(prompt, {"apply": {"strength": 0.0}})), "image")
-    )
-    prompt["init"] = node(
-        "VMixInit", clip=["demo", 1], model=["demo", 0], labels="green: green | red",
-        filename_prefix="mine/words",
-    )  # fmt: skip
-    prompt["apply"]["inputs"]["vmix"] = ["init", 0]
-    outputs = server.run(prompt)
-    found = pixels(server.image(outputs, "image"))
-    assert np.abs(found - without).mean() > 0.005
-    folder = server.base / "models" / "vmix" / "mine"
-    assert outputs["init"]["text"] == [f"saved {folder / 'words_00001_.safetensors'}"]
-    # What it made is kept while nothing that it is made of changes.
-    server.run(changed(prompt, {"sample": {"seed": 2}}))
-    assert [path.name for path in folder.iterdir()] == ["words_00001_.safetensors"]
-    prompt["load"] = node("VMixLoader", vmix_name="mine/words_00001_.safetensors")
-    prompt["apply"]["inputs"]["vmix"] = ["load", 0]
-    del prompt["init"]
-    np.testing.assert_array_equal(pixels(server.image(server.run(prompt), "image")), found)
-    # Without the model nothing says what U-Net this is.
-    prompt["apply"]["inputs"]["vmix"] = ["init", 0]
-    prompt["init"] = node("VMixInit", clip=["demo", 1], labels="green", filename_prefix="")
-    with pytest.raises(PromptError, match="found 96; if your model is a U-Net that takes it"):
-        server.run(prompt)
-
-
-def test_training_free_sliders(server: Server) -> None:
-    """Labels as they are typed."""
-    text = urllib.parse.quote("warm: warm light | cold light\nsharp; calm")
-    found = server.get(f"/vmix/labels?list={text}")
-    assert [(label["name"], label["weight"]) for label in found["labels"]] == [
-        ("warm", 0.33), ("sharp", 0.33), ("calm", 0.33),
-    ]  # fmt: skip
-    assert found["kind"] == "adapter"
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        server.get("/vmix/labels?list=")
-
-
-def test_training_free_example(server: Server) -> None:
-    """The template as it is: a red heart where the prompt says blue."""
-    path = host.ROOT / "comfy_nodes" / "example_workflows" / "vmix_training_free.json"
-    workflow = json.loads(path.read_text("utf-8"))
-    outputs = server.run(api(workflow))
-    titles = {entry.get("title"): str(entry["id"]) for entry in workflow["nodes"]}
-    redness = {
-        title: float((image[..., 0] - image[..., 2]).mean())
-        for title in ("With VMix", "Without VMix")
-        for image in [pixels(server.image(outputs, titles[title]))]
-    }
-    assert redness["With VMix"] > 0.02
-    assert redness["Without VMix"] < -0.02
 
 
 def test_compare(server: Server) -> None:
@@ -276,13 +222,6 @@ def test_without_the_wheel(server: Server, tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, expected)
         with pytest.raises(PromptError, match="install the vmix-adapter wheel"):
             bare.run(demo())
-        words = demo()
-        words["init"] = node("VMixInit", clip=["demo", 1], labels="red", filename_prefix="")
-        words["apply"]["inputs"]["vmix"] = ["init", 0]
-        with pytest.raises(PromptError, match="install the vmix-adapter wheel"):
-            bare.run(words)
-        with pytest.raises(urllib.error.HTTPError, match="404"):
-            bare.get("/vmix/labels?list=red")
     finally:
         bare.stop()
 

@@ -1,7 +1,7 @@
 """The paper's literal two branches as a ComfyUI model patch, to compare the nodes with.
 
-Nothing of the pack or the library is used: V_a comes from the adapter's raw tensors (eq. 4 to 7),
-and every cross-attention is replaced by eq. 9 in plain operations. An IP-Adapter that was there
+Nothing of the pack or the library is used: V_a comes from the paper's matrices (eq. 4 to 7), and
+every cross-attention is replaced by eq. 9 in plain operations. An IP-Adapter that was there
 before, or is added afterwards, is given the protocol of ComfyUI_IPAdapter_plus.
 """
 
@@ -90,19 +90,19 @@ def two_branches(
     tensors: Mapping[str, Tensor],
     ldm_names: Mapping[str, str],
     weights: list[float],
+    opposite: list[float],
     strength: float | Strength = 1.0,
     apply_to: str = "cond",
     per_depth: bool = False,
     **options: Any,
 ) -> Any:
-    """A clone of the model with eq. 9 in every cross-attention.
+    """A clone of the model with eq. 9 in every cross-attention. `opposite` are the weights for the
+    unconditional pass of "contrast".
 
     per_depth: whether replacements are keyed by (block, number, depth), as IP-Adapters of SDXL are;
     a key without depth is hidden by one with it.
     """
-    f_a = value_features(tensors, weights)
-    difference = "projection.gain" in tensors
-    f_negative = -f_a if difference else value_features(tensors, [0.0] * len(weights))
+    f_a, f_opposite = (value_features(tensors, w) for w in (weights, opposite))
     clone = model.clone()
     options_of_model = clone.model_options["transformer_options"]
     existing = options_of_model.get("patches_replace", {}).get("attn2", {})
@@ -114,7 +114,7 @@ def two_branches(
         key = (*block, depth) if per_depth else block
         w_va = tensors[f"{diffusers}.to_v_aes.weight"]
         cond = f_a @ w_va.T  # V_a, eq. 7
-        uncond = {"cond": None, "both": cond, "contrast": f_negative @ w_va.T}[apply_to]
+        uncond = {"cond": None, "both": cond, "contrast": f_opposite @ w_va.T}[apply_to]
         scale = strength(block, depth) if callable(strength) else strength
         clone.set_model_attn2_replace(
             TwoBranches(existing.get(key), cond, uncond, scale, **options),

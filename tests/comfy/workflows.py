@@ -63,26 +63,6 @@ def demo(strength: float = 1.0, aesthetics: str | None = None, **options: Any) -
     return sampled(prompt, ["apply", 0], ["demo", 1], ["demo", 2], **options)
 
 
-def api(workflow: Mapping[str, Any]) -> Prompt:
-    """A saved workflow in the API format, as the frontend exports it; without sub-graphs."""
-    links = {link[0]: [str(link[1]), link[2]] for link in workflow["links"]}
-    prompt: Prompt = {}
-    for entry in workflow["nodes"]:
-        if entry["type"] == "MarkdownNote":
-            continue
-        values = iter(entry.get("widgets_values", []))
-        inputs = {}
-        for slot in entry["inputs"]:
-            if "widget" in slot:
-                inputs[slot["name"]] = next(values)
-                if slot["name"] == "seed":
-                    next(values)  # what to do with it after a run
-            elif slot["link"] is not None:
-                inputs[slot["name"]] = links[slot["link"]]
-        prompt[str(entry["id"])] = node(entry["type"], **inputs)
-    return prompt
-
-
 def changed(prompt: Prompt, changes: Mapping[str, Mapping[str, Any]]) -> Prompt:
     """The prompt with other inputs for some nodes."""
     return {

@@ -39,5 +39,5 @@ def _open(source: Path) -> Untrained:
     made = open_vmix(source)
     if not isinstance(made, Untrained):
         kind = type(made).__name__.lower()
-        raise TrainingError(f"--labels {source}: expected an init file, found kind {kind}")
+        raise TrainingError(f"--labels {source}: expected an init file, found: {kind}")
     return made

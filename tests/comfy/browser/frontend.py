@@ -210,8 +210,9 @@ class Frontend:
         box = slider.bounding_box()
         assert box is not None, label
         thumb = box["height"]
+        low, high = (float(slider.get_attribute(name) or 0) for name in ("min", "max"))
         at = [
-            box["x"] + thumb / 2 + value / 2 * (box["width"] - thumb)
+            box["x"] + thumb / 2 + (value - low) / (high - low) * (box["width"] - thumb)
             for value in (float(slider.input_value()), weight)
         ]
         middle = box["y"] + box["height"] / 2

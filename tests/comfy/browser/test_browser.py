@@ -69,17 +69,17 @@ def make_files(server: Server, folder: Path) -> None:
 
     adapter = vmix.open(DEMO)
     adapter.values({"sharp focus": 1.5}, apply_to="both").save(folder / "one.safetensors")
-    data = DEMO.read_bytes()
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    labels = json.loads(header["__metadata__"]["vmix.labels"])
+    metadata = dict(adapter.metadata)
+    labels, rows = (json.loads(metadata[f"vmix.{key}"]) for key in ("labels", "rows"))
     for label, (name, weight) in zip(labels, OTHER.items(), strict=False):
+        for row in rows:
+            if row.get("label") == label["name"]:
+                row["label"] = name
         label |= {"name": name, "default": weight, "display_names": {}}
-    header["__metadata__"]["vmix.labels"] = json.dumps(labels)
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    labels[0] |= {"range": [-1, 3], "step": 0.25, "neutral": 0.5}
+    metadata |= {"vmix.labels": json.dumps(labels), "vmix.rows": json.dumps(rows)}
     other = folder / "two.safetensors"
-    other.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    vmix.Adapter.from_tensors(adapter.tensors(), metadata).save(other)
     server.put("vmix", DEMO, "demo.safetensors")
     server.put("vmix", folder / "one.safetensors", "preset.safetensors")
     server.put("vmix", other, "sub/other.safetensors")
@@ -303,7 +303,7 @@ def test_sub_graph(ui: Frontend) -> None:
     ui.page.evaluate(enter)
     ui.show(AESTHETICS)
     ui.expect(lambda: ui.weights()["natural lighting"], 0)
-    ui.drag("natural lighting", 2)
+    ui.drag("natural lighting", 0.5)
     ui.screenshot("sub-graph")
     changed = shown(ui, ui.run())
     assert np.abs(changed - expected).mean() > 0.005
@@ -311,7 +311,7 @@ def test_sub_graph(ui: Frontend) -> None:
     ui.load(saved)
     ui.page.evaluate(enter)
     ui.show(AESTHETICS)
-    ui.expect(lambda: ui.weights()["natural lighting"], 2)
+    ui.expect(lambda: ui.weights()["natural lighting"], 0.5)
 
     # The text as a widget of the sub-graph's node, as its menu has it.
     ui.page.evaluate(
@@ -355,7 +355,15 @@ def test_files(ui: Frontend) -> None:
     ui.set("VMixLoader", "vmix_name", "sub/other.safetensors")
     ui.expect(ui.weights, {**OTHER, "sharp focus": 0.2, "balanced composition": 1.0})
     ui.expect(ui.warnings, ['⚠ "vibrant color": 2 – no label of this file'])
+    slider = ui.slider("film grain")
+    assert [slider.get_attribute(name) for name in ("min", "max", "step")] == ["-1", "3", "0.25"]
+    ui.button("none").click()
+    none = {"film grain": 0.5, "soft light": 0, "sharp focus": 0, "balanced composition": 0}
+    ui.expect(ui.weights, none)
+    ui.button("only", 1).click()
+    ui.expect(ui.weights, {**none, "soft light": 1})
 
+    ui.set("VMixAesthetics", "aesthetics", '{"sharp focus": 0.2, "vibrant color": 2}')
     ui.set("VMixLoader", "vmix_name", "preset.safetensors")
     ui.expect(ui.weights, {**dict.fromkeys(LABELS, 0.0), "sharp focus": 1.5})
     assert ui.slider("sharp focus").is_disabled()
@@ -374,15 +382,6 @@ def test_files(ui: Frontend) -> None:
     ui.page.evaluate("() => { tests.find('VMixLoader').mode = 2; }")
     ui.settle()
     ui.expect(ui.messages, ["Connect a VMix file to see its labels."])
-
-
-def test_labels_as_they_are_typed(ui: Frontend) -> None:
-    ui.load(example("vmix_training_free.json"))
-    ui.expect(ui.weights, {"red": 1.0})
-    ui.set("VMixInit", "labels", "warm: warm light | cold light\ncalm; sharp")
-    ui.expect(ui.weights, {"warm": 0.33, "calm": 0.33, "sharp": 0.33})
-    ui.set("VMixInit", "labels", "a; a")
-    ui.expect(lambda: "two labels named `a`" in "".join(ui.messages()), True)
 
 
 def test_languages_and_palettes(open_page: Callable[..., Frontend]) -> None:
@@ -426,7 +425,7 @@ def test_example(path: Path, ui: Frontend, model_file: Any, tmp_path: Path) -> N
     )
     assert ui.page.locator("[role=dialog]:visible").count() == 0
     if "VMixAesthetics" in types:
-        ui.expect(lambda: len(ui.weights()) >= (1 if "VMixInit" in types else 3), True)
+        ui.expect(lambda: len(ui.weights()) >= 3, True)
 
     ui.page.evaluate(
         """() => {
