@@ -30,8 +30,9 @@ else:
     native = _vmix
 
 INSTALL = (
-    "needs the Rust module vmix, which is not installed here: install the vmix-adapter wheel with "
-    "ComfyUI's own Python (step 2 of this node pack's README.md), then restart ComfyUI"
+    f"needs the Rust module vmix, which cannot be imported here ({_vmix_error}): install the "
+    "vmix-adapter wheel with ComfyUI's own Python (step 2 of this node pack's README.md), then "
+    "restart ComfyUI"
 )
 APPLY_TO = ("cond", "both", "contrast")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use crate::{
     ApplyTo, Base, CoefficientKind, DType, Error, Kind, LabelKey, Labels, Layers, Result, Row,
-    Selection, Side, Tensor, Values,
+    Selection, Tensor, Values,
     coefficients::{Coefficients, Scaling},
     file::{self, File},
     metadata::{Common, Made, one_of, read_apply_to, read_json, read_layers},
@@ -18,7 +18,7 @@ pub(crate) const ROWS: &str = ".rows";
 pub(crate) const AES_EMB: &str = "aes_emb";
 pub(crate) const CONTEXT_ROWS: &str = "context.rows";
 pub(crate) const PROFILE: &str = "profile";
-pub(crate) const GRAM: &str = "gram";
+pub(crate) const GRAM_FACTOR: &str = "gram_factor";
 pub(crate) const ATTENTION: &str = "attention";
 
 /// A VMix adapter. It is read whole and checked when it is opened. Cheap to clone, and usable from many
@@ -59,14 +59,14 @@ impl Adapter {
         tensors: &BTreeMap<String, Tensor>,
         metadata: &BTreeMap<String, String>,
     ) -> Result<Self> {
-        let tensors = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
-        Self::from_bytes(file::serialize(tensors, metadata)?)
+        let pairs = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
+        Self::read(File::named("tensors", file::serialize(pairs, metadata)?)?)
     }
 
     pub(crate) fn read(file: File) -> Result<Self> {
         let common = Common::read(&file, Kind::Adapter)?;
         let apply_to = read_apply_to(&file)?;
-        Made::read(&file)?;
+        Made::check(&file)?;
         let kind = one_of(
             &file,
             "vmix.coefficients",
@@ -92,10 +92,10 @@ impl Adapter {
         let aes_emb = |d| file.small_tensor(AES_EMB, &[common.labels.len(), 2, d]);
         let (scaling, aes_emb, context_rows) = match kind {
             CoefficientKind::LayerNorm => {
-                let normed = rows.iter().filter(|row| row.side != Side::Constant).count();
+                let normed = rows.iter().filter(|row| **row != Row::Constant).count();
                 let scaling = Scaling::LayerNorm {
                     eps: read_eps(&file)?,
-                    gram: read_gram(&file, normed)?,
+                    factor: read_factor(&file, normed)?,
                 };
                 let d = context_dim.ok_or_else(|| {
                     let expected = format!("shape [{}, 2, d]", common.labels.len());
@@ -125,7 +125,7 @@ impl Adapter {
         let layer_rows = layer_rows.collect::<Result<_>>()?;
         file.refuse_other_tensors(|name| match name {
             PROFILE | AES_EMB | ATTENTION => true,
-            GRAM | CONTEXT_ROWS => kind == CoefficientKind::LayerNorm,
+            GRAM_FACTOR | CONTEXT_ROWS => kind == CoefficientKind::LayerNorm,
             name => name
                 .strip_suffix(ROWS)
                 .is_some_and(|layer| layers.get(layer).is_ok_and(|known| known.name == layer)),
@@ -165,7 +165,7 @@ impl Adapter {
         self.0.common.base
     }
 
-    /// The labels, in the order of AesEmb.
+    /// The labels, in the order of the file.
     pub fn labels(&self) -> &Labels {
         &self.0.common.labels
     }
@@ -235,11 +235,17 @@ impl Adapter {
 
     /// A \[batch, C, R\] of a selection for every image of a batch, in f32.
     pub fn batch_coefficients(&self, selections: &[Selection]) -> Result<Tensor> {
-        let mut batch = Vec::new();
-        for selection in selections {
-            batch.extend(self.coefficients(selection)?.to_f32());
-        }
         let shape = [selections.len(), self.context_tokens(), self.count()];
+        let len = shape.into_iter().fold(1, usize::saturating_mul);
+        let mut batch = Vec::new();
+        if batch.try_reserve_exact(len).is_err() {
+            let bytes = len.saturating_mul(size_of::<f32>());
+            return Err(Error::OutOfMemory { bytes });
+        }
+        for selection in selections {
+            let weights = self.labels().weights(selection)?;
+            batch.extend(self.0.coefficients.of(&weights, self.labels())?);
+        }
         Ok(Tensor::rounded(shape, batch, DType::F32))
     }
 
@@ -274,10 +280,10 @@ impl Adapter {
     /// which have none.
     pub fn project(&self, selection: &Selection) -> Result<Option<Tensor>> {
         let weights = self.labels().weights(selection)?;
-        let a = self.0.coefficients.of(&weights, self.labels())?;
         let Some(context_rows) = &self.0.context_rows else {
             return Ok(None);
         };
+        let a = self.0.coefficients.of(&weights, self.labels())?;
         let product = Product::new(&a, self.count());
         let f_a = product.times(context_rows, DType::F32);
         f_a.map(Some)
@@ -362,33 +368,30 @@ fn read_sides(file: &File, labels: &Labels, kind: CoefficientKind) -> Result<Vec
     if entries.is_empty() {
         return Err(refuse("an empty list".into()));
     }
-    let row = |Entry { label, side, .. }: Entry| {
-        let side = Side::from_name(&side).ok_or_else(|| {
-            let known = Side::NAMES.join(", ");
-            file.meta_error(KEY, format!("sides among {known}"), format!("`{side}`"))
-        })?;
-        let label = match (side, label) {
-            (Side::Constant, None) if kind == CoefficientKind::LayerNorm => None,
-            (Side::Constant, None) => {
-                return Err(refuse("a constant row in a linear file".into()));
-            }
-            (Side::Constant, Some(label)) => {
-                return Err(refuse(format!("a constant row with the label `{label}`")));
-            }
-            (_, None) => return Err(refuse(format!("a {side} row without a label"))),
-            (_, Some(label)) => {
-                let unknown =
-                    |_| refuse(format!("the label `{label}`, which is not in vmix.labels"));
-                let key = LabelKey::Name(label.clone());
-                Some(labels.index(&key).map_err(unknown)?)
-            }
-        };
-        Ok(Row { label, side })
+    let position = |label: Option<String>, side: &str| -> Result<usize> {
+        let label = label.ok_or_else(|| refuse(format!("a {side} row without a label")))?;
+        let unknown = |_| refuse(format!("the label `{label}`, which is not in vmix.labels"));
+        labels
+            .index(&LabelKey::Name(label.clone()))
+            .map_err(unknown)
+    };
+    let row = |Entry { label, side, .. }: Entry| match (side.as_str(), label) {
+        ("positive", label) => Ok(Row::Positive(position(label, &side)?)),
+        ("negative", label) => Ok(Row::Negative(position(label, &side)?)),
+        ("constant", Some(label)) => {
+            Err(refuse(format!("a constant row with the label `{label}`")))
+        }
+        ("constant", None) if kind == CoefficientKind::LayerNorm => Ok(Row::Constant),
+        ("constant", None) => Err(refuse("a constant row in a linear file".into())),
+        _ => {
+            let expected = "sides among positive, negative, constant";
+            Err(file.meta_error(KEY, expected, format!("`{side}`")))
+        }
     };
     let rows: Vec<Row> = entries.into_iter().map(row).collect::<Result<_>>()?;
     let mut has_row = vec![false; labels.len()];
     rows.iter()
-        .filter_map(|row| row.label)
+        .filter_map(|row| row.label())
         .for_each(|label| has_row[label] = true);
     for (label, has_row) in labels.iter().zip(has_row) {
         if !has_row {
@@ -432,22 +435,15 @@ fn read_eps(file: &File) -> Result<f64> {
     })
 }
 
-fn read_gram(file: &File, size: usize) -> Result<Vec<f32>> {
-    let gram = file.f32_tensor(GRAM, &[size, size])?;
-    for i in 0..size {
-        if gram[i * size + i] < 0.0 {
-            let found = gram[i * size + i].to_string();
-            return Err(file.tensor_error(GRAM, "a diagonal that is not negative", found));
+fn read_factor(file: &File, rows: usize) -> Result<Vec<f32>> {
+    let shape = match file.tensor(GRAM_FACTOR)?.shape {
+        &[_, m] if m > 0 => [rows, m],
+        shape => {
+            let found = format!("shape {shape:?}");
+            return Err(file.tensor_error(GRAM_FACTOR, format!("shape [{rows}, m]"), found));
         }
-        for j in 0..i {
-            let (a, b) = (gram[i * size + j], gram[j * size + i]);
-            if a != b {
-                let found = format!("{a} and {b} at [{i}, {j}] and [{j}, {i}]");
-                return Err(file.tensor_error(GRAM, "a symmetric matrix", found));
-            }
-        }
-    }
-    Ok(gram)
+    };
+    file.f32_tensor(GRAM_FACTOR, &shape)
 }
 
 fn check_attention(file: &File, tokens: usize) -> Result<()> {
@@ -466,10 +462,16 @@ fn check_attention(file: &File, tokens: usize) -> Result<()> {
 }
 
 /// Numbers that A, f_a and V_a of all layers may have together: 40 times those of SDXL.
-const MAX_RESULT: usize = 1 << 28;
+pub(crate) const MAX_RESULT: usize = 1 << 28;
 
 /// Refuses small files that ask for huge results, before anything is allocated.
-fn check_size(file: &File, tokens: usize, rows: usize, d: usize, layers: &Layers) -> Result<()> {
+pub(crate) fn check_size(
+    file: &File,
+    tokens: usize,
+    rows: usize,
+    d: usize,
+    layers: &Layers,
+) -> Result<()> {
     let widths = layers.iter().map(|layer| layer.inner_dim);
     let total = widths
         .chain([rows, d])

@@ -73,8 +73,8 @@ struct Init {
     base: PathBuf,
     /// A labels.toml: tables `[[label]]` with `name` and, where wanted, `dimension`, `positive` (a text
     /// or a list of texts, else the name), `negative` (else a rare token), `default` and `neutral`
-    /// (weights), `range` and `step` (of its slider) and `display_names` (by language). Without it, and
-    /// without --label, seven default labels.
+    /// (weights), `range` (else 0 to 1, widened to reach both) and `step` of its slider, and
+    /// `display_names` (by language). Without it, and without --label, seven default labels.
     #[arg(short = 'L', long, value_name = "FILE", conflicts_with = "label")]
     labels: Option<PathBuf>,
     /// A label as "NAME", "NAME: TEXT" or "NAME: TEXT | NEGATIVE"; may be repeated.
@@ -125,7 +125,7 @@ struct Bake {
 /// Make one adapter with some labels of one adapter, or of several
 ///
 /// A label that is dropped stays at its neutral weight, or at 0 where it has none. Several adapters
-/// must have linear coefficients and be for the same kind of U-Net.
+/// must have linear coefficients and be for the same U-Net and the same passes (apply_to).
 ///
 /// Examples:
 ///
@@ -326,7 +326,10 @@ fn merged(arguments: &Merge) -> Result<()> {
         .iter()
         .map(Adapter::open)
         .collect::<crate::Result<_>>()?;
-    let made_for: BTreeSet<String> = adapters.iter().filter_map(made_for).collect();
+    let mut made_for = BTreeSet::new();
+    for adapter in &adapters {
+        collect_bases(&made(adapter.metadata()), &mut made_for);
+    }
     if made_for.len() > 1 {
         let names = made_for.into_iter().collect::<Vec<_>>().join(", ");
         let names = presentable(&names, LONGEST);
@@ -344,9 +347,12 @@ fn merged(arguments: &Merge) -> Result<()> {
         .report(|size| Summary::of_adapter(&adapter, size))
 }
 
-/// The checkpoint that an adapter was made for, where it says so.
-fn made_for(adapter: &Adapter) -> Option<String> {
-    made(adapter.metadata())["base"].as_str().map(str::to_owned)
+/// The checkpoints that an adapter, or its parts, were made for, where they say so.
+fn collect_bases(made: &Value, bases: &mut BTreeSet<String>) {
+    bases.extend(made["base"].as_str().map(str::to_owned));
+    for part in made["parts"].as_array().into_iter().flatten() {
+        collect_bases(part, bases);
+    }
 }
 
 /// `vmix.made`; null where a file has none.

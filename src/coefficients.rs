@@ -1,14 +1,35 @@
 //! A(w): from label weights to a coefficient for every token and row (`docs/format.md`).
 
-use crate::{CoefficientKind, Error, Labels, Result, Side};
+use crate::{CoefficientKind, Error, Labels, Result};
 
-/// The label and side that a row belongs to.
+/// What a row belongs to: a side of a label, by its position in the file, or none.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Row {
-    /// Position of its label; `None` for [`Side::Constant`].
-    pub label: Option<usize>,
-    /// The side of that label.
-    pub side: Side,
+pub enum Row {
+    /// The positive texts of a label.
+    Positive(usize),
+    /// The negative texts of a label.
+    Negative(usize),
+    /// No label: a row that is always added.
+    Constant,
+}
+
+impl Row {
+    /// Position of its label.
+    pub fn label(self) -> Option<usize> {
+        match self {
+            Self::Positive(label) | Self::Negative(label) => Some(label),
+            Self::Constant => None,
+        }
+    }
+
+    /// Its side, as files name it.
+    pub fn side(self) -> &'static str {
+        match self {
+            Self::Positive(_) => "positive",
+            Self::Negative(_) => "negative",
+            Self::Constant => "constant",
+        }
+    }
 }
 
 /// What turns weights into coefficients.
@@ -25,8 +46,8 @@ pub(crate) enum Scaling {
     /// As the paper's LayerNorm (eq. 6).
     LayerNorm {
         eps: f64,
-        /// G \[K, K\] of the rows that are not constant.
-        gram: Vec<f32>,
+        /// L \[K, m\] of the rows that are not constant; L·Lᵀ is their Gram matrix.
+        factor: Vec<f32>,
     },
     Linear,
 }
@@ -47,15 +68,15 @@ impl Coefficients {
             .map(|row| self.scale(*row, weights))
             .collect();
         let normed: Vec<usize> = (0..self.rows.len())
-            .filter(|&r| self.rows[r].side != Side::Constant)
+            .filter(|&r| self.rows[r] != Row::Constant)
             .collect();
         let tokens = self.profile.chunks_exact(self.rows.len());
         tokens
             .flat_map(|profile| {
                 let profile = profile.iter().map(|&p| f64::from(p));
                 let mut a: Vec<f64> = profile.zip(&scales).map(|(p, s)| p * s).collect();
-                if let Scaling::LayerNorm { eps, gram } = &self.scaling {
-                    let rho = (square(&a, &normed, gram) + eps).sqrt().recip();
+                if let Scaling::LayerNorm { eps, factor } = &self.scaling {
+                    let rho = (variance(&a, &normed, factor) + eps).sqrt().recip();
                     normed.iter().for_each(|&r| a[r] *= rho);
                 }
                 a
@@ -78,53 +99,42 @@ impl Coefficients {
 
     /// s_r
     fn scale(&self, row: Row, weights: &[f32]) -> f64 {
-        let weight = row.label.map_or(0.0, |label| f64::from(weights[label]));
-        match (&self.scaling, row.side) {
-            (_, Side::Constant) => 1.0,
-            (Scaling::LayerNorm { .. }, Side::Positive) => weight,
-            (Scaling::LayerNorm { .. }, Side::Negative) => 1.0 - weight,
-            (Scaling::Linear, Side::Positive) => weight.max(0.0),
-            (Scaling::Linear, Side::Negative) => (-weight).max(0.0),
+        let weight = |label: usize| f64::from(weights[label]);
+        match (&self.scaling, row) {
+            (_, Row::Constant) => 1.0,
+            (Scaling::LayerNorm { .. }, Row::Positive(label)) => weight(label),
+            (Scaling::LayerNorm { .. }, Row::Negative(label)) => 1.0 - weight(label),
+            (Scaling::Linear, Row::Positive(label)) => weight(label).max(0.0),
+            (Scaling::Linear, Row::Negative(label)) => (-weight(label)).max(0.0),
         }
     }
 }
 
-/// uᵀ·G·u, the variance of what the LayerNorm divides. Rounding may take it below 0.
-fn square(u: &[f64], normed: &[usize], gram: &[f32]) -> f64 {
-    let rows = normed.iter().zip(gram.chunks_exact(normed.len().max(1)));
-    let sum = rows.map(|(&j, gram)| {
-        let products = normed.iter().zip(gram).map(|(&k, &g)| f64::from(g) * u[k]);
-        u[j] * products.sum::<f64>()
-    });
-    sum.sum::<f64>().max(0.0)
+/// |uᵀ·L|², the variance that the LayerNorm divides by.
+fn variance(u: &[f64], normed: &[usize], factor: &[f32]) -> f64 {
+    let m = factor.len() / normed.len();
+    let mut sums = vec![0.0; m];
+    for (&r, row) in normed.iter().zip(factor.chunks_exact(m)) {
+        for (sum, &l) in sums.iter_mut().zip(row) {
+            *sum += u[r] * f64::from(l);
+        }
+    }
+    sums.iter().map(|sum| sum * sum).sum()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const POSITIVE: Row = Row {
-        label: Some(0),
-        side: Side::Positive,
-    };
-    const NEGATIVE: Row = Row {
-        label: Some(0),
-        side: Side::Negative,
-    };
-    const CONSTANT: Row = Row {
-        label: None,
-        side: Side::Constant,
-    };
-
     /// The example of docs/format.md. Its numbers are exact in binary but for the thirds.
     #[test]
     fn the_example_of_the_format() {
         let layernorm = Coefficients {
-            rows: vec![POSITIVE, NEGATIVE, CONSTANT],
+            rows: vec![Row::Positive(0), Row::Negative(0), Row::Constant],
             profile: vec![1.0, 1.0, 1.0, -1.0, -1.0, 1.0],
             scaling: Scaling::LayerNorm {
                 eps: 0.5625,
-                gram: vec![1.0, -1.0, -1.0, 1.0],
+                factor: vec![1.0, -1.0],
             },
         };
         assert_eq!(layernorm.exact(&[1.0]), [0.8, 0.0, 1.0, -0.8, 0.0, 1.0]);
@@ -135,7 +145,7 @@ mod tests {
         }
 
         let linear = Coefficients {
-            rows: vec![POSITIVE, NEGATIVE],
+            rows: vec![Row::Positive(0), Row::Negative(0)],
             profile: vec![1.0, 0.5, 2.0, 1.0],
             scaling: Scaling::Linear,
         };
@@ -143,12 +153,8 @@ mod tests {
         assert_eq!(linear.exact(&[-0.5]), [0.0, 0.25, 0.0, 0.5]);
         assert_eq!(linear.exact(&[0.0]), [0.0; 4]);
 
-        let [negative, positive] = [Side::Negative, Side::Positive].map(|side| Row {
-            label: Some(1),
-            side,
-        });
         let two = Coefficients {
-            rows: vec![negative, POSITIVE, positive],
+            rows: vec![Row::Negative(1), Row::Positive(0), Row::Positive(1)],
             profile: vec![1.0, 2.0, 3.0],
             scaling: Scaling::Linear,
         };

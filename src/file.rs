@@ -53,9 +53,9 @@ pub(crate) struct View<'a> {
     pub bytes: &'a [u8],
 }
 
-/// Of a larger file the header is asked first: base models have gigabytes.
+/// Of a larger file only the header is read first: base models have gigabytes.
 const LARGE: u64 = 1 << 26;
-/// Twice the largest preset that the format allows.
+/// The largest file that the format allows.
 const LARGEST: u64 = 1 << 32;
 
 impl File {
@@ -131,7 +131,17 @@ impl File {
     }
 
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self> {
-        Self::parse("bytes".to_owned(), Bytes::Owned(bytes))
+        Self::named("bytes", bytes)
+    }
+
+    /// Bytes, and what messages call them.
+    pub fn named(name: &str, bytes: Vec<u8>) -> Result<Self> {
+        Self::parse(name.to_owned(), Bytes::Owned(bytes))
+    }
+
+    /// What messages call it.
+    pub fn name(&self) -> &str {
+        &self.name
     }
 
     fn parse(name: String, bytes: Bytes) -> Result<Self> {
@@ -199,7 +209,7 @@ impl File {
         let entry = self
             .entries
             .get(name)
-            .ok_or_else(|| self.tensor_error(name, "a tensor of that name", "none"))?;
+            .ok_or_else(|| self.tensor_error(name, "a tensor", "no such tensor"))?;
         let dtype = DType::try_from(entry.dtype)
             .map_err(|found| self.tensor_error(name, "F32, F16 or BF16", format!("{found:?}")))?;
         Ok(View {

@@ -32,7 +32,7 @@ struct Entry {
     negative: Option<Texts>,
     default: Option<f32>,
     neutral: Option<f32>,
-    range: Option<[f32; 2]>,
+    range: Option<Vec<f32>>,
     step: Option<f32>,
     #[serde(default)]
     display_names: BTreeMap<String, String>,
@@ -146,14 +146,24 @@ impl Labels {
                 let plain = Label::new(&entry.name, &entry.name, "");
                 let default = entry.default.unwrap_or(plain.default);
                 // A slider reaches its default and its neutral weight.
-                let range = entry.range.unwrap_or_else(|| {
-                    let ends = [default, entry.neutral.unwrap_or(default)];
-                    let [low, high] = plain.range;
-                    [
-                        ends.into_iter().fold(low, f32::min),
-                        ends.into_iter().fold(high, f32::max),
-                    ]
-                });
+                let range = match entry.range.as_deref() {
+                    Some(&[low, high]) => [low, high],
+                    Some(found) => {
+                        let name = &entry.name;
+                        return Err(format!(
+                            "label `{name}` with a range of {} numbers: [low, high]",
+                            found.len()
+                        ));
+                    }
+                    None => {
+                        let ends = [default, entry.neutral.unwrap_or(default)];
+                        let [low, high] = plain.range;
+                        [
+                            ends.into_iter().fold(low, f32::min),
+                            ends.into_iter().fold(high, f32::max),
+                        ]
+                    }
+                };
                 Ok(Label {
                     positive: positive.unwrap_or_else(|| plain.positive.clone()),
                     negative,
@@ -322,6 +332,10 @@ mod tests {
                 "two labels named `a`",
             ),
             ("[[label]]\nname = 'a'\ndefault = nan", "default NaN"),
+            (
+                "[[label]]\nname = 'a'\nrange = [0, 1, 2]",
+                "a range of 3 numbers",
+            ),
             ("[[label]]\nname = 'a'\nneutral = 1e300", "neutral inf"),
             (
                 "[[label]]\nname = 'a'\npositive = ' '",

@@ -38,7 +38,7 @@ pub struct Label {
     pub display_names: BTreeMap<String, String>,
     /// Keys of a later version, which are kept.
     #[serde(flatten)]
-    pub other: BTreeMap<String, serde_json::Value>,
+    pub(crate) other: BTreeMap<String, serde_json::Value>,
 }
 
 fn one() -> f32 {
@@ -83,7 +83,8 @@ impl Label {
 
     /// The weight opposite to `weight`: 2·neutral − w, or 0 where it has no neutral weight.
     pub fn opposite(&self, weight: f32) -> f32 {
-        self.neutral.map_or(0.0, |neutral| 2.0 * neutral - weight)
+        let mirrored = |neutral: f32| 2.0 * f64::from(neutral) - f64::from(weight);
+        self.neutral.map_or(0.0, |neutral| mirrored(neutral) as f32)
     }
 
     /// What is wrong with it, if anything.
@@ -191,7 +192,7 @@ impl Selection {
     }
 }
 
-/// The labels of a file, in the order of AesEmb.
+/// The labels of a file, in its order.
 #[derive(Debug, Clone)]
 pub struct Labels {
     list: Vec<Label>,

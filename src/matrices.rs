@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use crate::{
-    Adapter, CoefficientKind, DType, Error, Kind, Labels, Layer, Layers, Result, Side, Tensor,
-    adapter::{AES_EMB, CONTEXT_ROWS, GRAM, PROFILE, ROWS},
+    Adapter, CoefficientKind, DType, Error, Kind, Labels, Layer, Layers, Result, Row, Tensor,
+    adapter::{AES_EMB, CONTEXT_ROWS, GRAM_FACTOR, MAX_RESULT, PROFILE, ROWS, check_size},
     file::{self, File},
     metadata::{Common, Made, read_layers},
     threads,
@@ -42,7 +42,8 @@ impl Adapter {
         let layernorm = CoefficientKind::LayerNorm.to_string();
         metadata.insert("vmix.coefficients".to_owned(), layernorm);
         let pairs = tensors.iter().map(|(name, tensor)| (name.as_str(), tensor));
-        let matrices = Matrices::read(File::from_bytes(file::serialize(pairs, &metadata)?)?)?;
+        let matrices =
+            Matrices::read(File::named("matrices", file::serialize(pairs, &metadata)?)?)?;
         metadata.insert("vmix.rows".to_owned(), matrices.sides());
         Self::from_tensors(&matrices.tensors(dtype)?, &metadata)
     }
@@ -60,7 +61,7 @@ struct Matrices {
 impl Matrices {
     fn read(file: File) -> Result<Self> {
         let common = Common::read(&file, Kind::Adapter)?;
-        Made::read(&file)?;
+        Made::check(&file)?;
         let layers = read_layers(&file, common.base, |layer| {
             let name = format!("{layer}{VALUE_WEIGHT}");
             match *file.tensor(&name)?.shape {
@@ -79,6 +80,12 @@ impl Matrices {
         };
         if d == 0 {
             return Err(file.tensor_error(AES_EMB, "a width above 0", "0"));
+        }
+        check_size(&file, tokens, 2 * labels.len() + 1, d, &layers)?;
+        let entries = (2 * labels.len()).checked_pow(2);
+        if entries.is_none_or(|entries| entries > MAX_RESULT) {
+            let found = format!("{} labels", labels.len());
+            return Err(file.meta_error("vmix.labels", "fewer labels", found));
         }
         if file.has_tensor(LINEAR_BIAS) {
             file.small_tensor(LINEAR_BIAS, &[tokens])?;
@@ -113,11 +120,11 @@ impl Matrices {
 
     /// `vmix.rows`
     fn sides(&self) -> String {
-        let sides = self.labels.iter().flat_map(|label| {
-            [Side::Positive, Side::Negative]
-                .map(|side| serde_json::json!({"label": label.name, "side": side.name()}))
+        let sides = self.labels.iter().enumerate().flat_map(|(i, label)| {
+            [Row::Positive(i), Row::Negative(i)]
+                .map(|row| serde_json::json!({"label": label.name, "side": row.side()}))
         });
-        let constant = serde_json::json!({"side": Side::Constant.name()});
+        let constant = serde_json::json!({"side": Row::Constant.side()});
         let rows: Vec<_> = sides.chain([constant]).collect();
         serde_json::to_string(&rows).expect("strings")
     }
@@ -137,7 +144,9 @@ impl Matrices {
         let profile = Tensor::rounded([c, rows], profile.collect(), DType::F32);
 
         let features = self.centred()?;
-        let gram = Tensor::rounded([2 * n, 2 * n], narrowed(&gram(&features, d)), DType::F32);
+        let factor = gram_factor(&features, d);
+        let m = factor.len() / (2 * n);
+        let factor = Tensor::rounded([2 * n, m], narrowed(&factor), DType::F32);
         let context_rows = self.context_rows(features)?;
         let value_rows = threads::try_map(&self.layers, |layer| {
             self.value_rows(layer, &context_rows, dtype)
@@ -147,7 +156,7 @@ impl Matrices {
         let f_a = Tensor::rounded([rows, d], narrowed(&context_rows), DType::F32);
         let mut tensors = BTreeMap::from([
             (PROFILE.to_owned(), profile),
-            (GRAM.to_owned(), gram),
+            (GRAM_FACTOR.to_owned(), factor),
             (AES_EMB.to_owned(), aes_emb),
             (CONTEXT_ROWS.to_owned(), f_a),
         ]);
@@ -203,14 +212,45 @@ impl Matrices {
     }
 }
 
-/// t̄·t̄ᵀ/d, symmetric to the last bit.
-fn gram(features: &[f64], d: usize) -> Vec<f64> {
-    let rows: Vec<&[f64]> = features.chunks_exact(d).collect();
+/// L \[K, m\] with L·Lᵀ = t̄·t̄ᵀ/d: every feature in an orthonormal basis of them all.
+///
+/// Lengths come of L as they come of the features. Of the products t̄·t̄ᵀ themselves, rounded to f32, little
+/// is left where features cancel each other.
+fn gram_factor(features: &[f64], d: usize) -> Vec<f64> {
     let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(x, y)| x * y).sum() };
-    let entries = rows
-        .iter()
-        .flat_map(|a| rows.iter().map(move |b| dot(a, b) / d as f64));
-    entries.collect()
+    let scale = (d as f64).sqrt().recip();
+    let mut basis: Vec<Vec<f64>> = Vec::new();
+    let rows: Vec<Vec<f64>> = features
+        .chunks_exact(d)
+        .map(|feature| {
+            let mut rest: Vec<f64> = feature.iter().map(|x| x * scale).collect();
+            let whole = dot(&rest, &rest).sqrt();
+            let mut row = vec![0.0; basis.len()];
+            // What the first time leaves by rounding, the second takes.
+            for _ in 0..2 {
+                for (entry, axis) in row.iter_mut().zip(&basis) {
+                    let along = dot(&rest, axis);
+                    rest.iter_mut().zip(axis).for_each(|(x, a)| *x -= along * a);
+                    *entry += along;
+                }
+            }
+            let length = dot(&rest, &rest).sqrt();
+            // Less is rounding: features in f32 differ by more.
+            if length > 1e-13 * whole {
+                rest.iter_mut().for_each(|x| *x /= length);
+                basis.push(rest);
+                row.push(length);
+            }
+            row
+        })
+        .collect();
+    let m = basis.len().max(1);
+    rows.into_iter()
+        .flat_map(|mut row| {
+            row.resize(m, 0.0);
+            row
+        })
+        .collect()
 }
 
 /// Rows whose sums grow together, in registers.

@@ -1,13 +1,12 @@
 //! Some labels of an adapter, and several adapters in one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use serde_json::json;
 
 use crate::{
-    Adapter, CoefficientKind, DType, Error, Label, LabelKey, Labels, Method, Result, Row, Side,
-    Tensor,
-    adapter::{AES_EMB, ATTENTION, CONTEXT_ROWS, GRAM, PROFILE, ROWS},
+    Adapter, CoefficientKind, DType, Error, Label, LabelKey, Labels, Result, Row, Tensor,
+    adapter::{AES_EMB, ATTENTION, CONTEXT_ROWS, GRAM_FACTOR, PROFILE, ROWS},
     error::nearest,
     metadata::Made,
 };
@@ -17,38 +16,43 @@ use crate::{
 ///
 /// A label that is dropped stays where a selection leaves it out: at its neutral weight, or at 0. So the
 /// result gives the values that the original gives where only the kept labels are selected. Several
-/// adapters must be linear, and for the same U-Net.
+/// adapters must be linear, for the same U-Net and of the same `apply_to`. AesEmb and `attention` are kept
+/// where all of them have it; rows of different dtypes become f32.
 ///
 /// # Errors
 /// No adapter or no label, a name that no adapter has or that two have, or adapters that do not fit
 /// together.
-pub fn merge(adapters: &[Adapter], labels: Option<&[&str]>) -> Result<Adapter> {
+pub fn merge<'a>(adapters: &'a [Adapter], labels: Option<&[&'a str]>) -> Result<Adapter> {
     let Some((first, others)) = adapters.split_first() else {
         return Err(Error::argument("adapters", "at least one", "none"));
     };
     for other in others {
         check_fit(first, other)?;
     }
-    let everything = || adapters.iter().flat_map(|adapter| adapter.labels().iter());
+    let labels_of = |adapter: &'a Adapter| adapter.labels().iter().map(|label| &*label.name);
+    let known: Vec<&str> = adapters.iter().flat_map(labels_of).collect();
+    let mut owners: HashMap<&str, usize> = HashMap::new();
+    for &name in &known {
+        *owners.entry(name).or_default() += 1;
+    }
     let names: Vec<&str> = match labels {
         Some(names) => names.to_vec(),
-        None => everything().map(|label| label.name.as_str()).collect(),
+        None => known.clone(),
     };
     if names.is_empty() {
         return Err(Error::argument("labels", "at least one label", "none"));
     }
     for name in &names {
-        match everything().filter(|label| label.name == *name).count() {
-            1 => (),
-            0 => {
-                let known: Vec<&str> = everything().map(|label| label.name.as_str()).collect();
+        match owners.get(name) {
+            Some(1) => (),
+            None => {
                 return Err(Error::UnknownLabel {
                     name: (*name).to_owned(),
                     nearest: nearest(name, known.iter().copied()),
                     known: known.join(", "),
                 });
             }
-            _ => {
+            Some(_) => {
                 let found = format!("`{name}` in two adapters");
                 return Err(Error::argument(
                     "labels",
@@ -58,17 +62,19 @@ pub fn merge(adapters: &[Adapter], labels: Option<&[&str]>) -> Result<Adapter> {
             }
         }
     }
+    let wanted: HashSet<&str> = names.iter().copied().collect();
     let parts: Vec<Part> = adapters
         .iter()
-        .filter_map(|a| Part::of(a, &names))
+        .filter_map(|a| Part::of(a, &wanted))
         .collect();
     join(&parts, &names)
 }
 
 fn check_fit(first: &Adapter, other: &Adapter) -> Result<()> {
-    let refuse = |what: &str, expected: String, found: String| {
+    let refuse = |adapter: &Adapter, what: &str, expected: String, found: String| {
+        let name = adapter.file().name();
         Err(Error::argument(
-            format!("{what} of the adapters"),
+            format!("{what} of {name}"),
             expected,
             found,
         ))
@@ -76,32 +82,34 @@ fn check_fit(first: &Adapter, other: &Adapter) -> Result<()> {
     for adapter in [first, other] {
         if adapter.coefficient_kind() != CoefficientKind::Linear {
             let found = format!("`{}`", adapter.coefficient_kind());
-            return refuse("coefficients", "`linear`, to join several".into(), found);
+            let expected = "`linear`, to join several".to_owned();
+            return refuse(adapter, "coefficients", expected, found);
         }
     }
+    let tokens = [first, other].map(|adapter| adapter.context_tokens().to_string());
+    let width = |adapter: &Adapter, other: &Adapter| {
+        // A linear file need not say it.
+        let width = adapter.context_dim().or(other.context_dim());
+        width.map_or(String::new(), |width| width.to_string())
+    };
     for (what, a, b) in [
         ("base", first.base().name(), other.base().name()),
         ("apply_to", first.apply_to().name(), other.apply_to().name()),
-    ] {
-        if a != b {
-            return refuse(what, format!("`{a}` in all"), format!("`{b}`"));
-        }
-    }
-    for (what, a, b) in [
+        ("context tokens", &*tokens[0], &*tokens[1]),
         (
-            "context tokens",
-            Some(first.context_tokens()),
-            Some(other.context_tokens()),
+            "context width",
+            &*width(first, other),
+            &*width(other, first),
         ),
-        ("context width", first.context_dim(), other.context_dim()),
     ] {
         if a != b {
-            let shown = |size: Option<usize>| size.map_or("none".into(), |size| size.to_string());
-            return refuse(what, format!("{} in all", shown(a)), shown(b));
+            let expected = format!("`{a}`, as of {}", first.file().name());
+            return refuse(other, what, expected, format!("`{b}`"));
         }
     }
     if **first.layers() != **other.layers() {
-        return refuse("layers", "the same layers".into(), "different ones".into());
+        let expected = format!("those of {}", first.file().name());
+        return refuse(other, "layers", expected, "others".into());
     }
     Ok(())
 }
@@ -111,45 +119,45 @@ struct Part<'a> {
     adapter: &'a Adapter,
     /// The kept labels, in its own order.
     labels: Vec<usize>,
-    rows: Vec<Kept<'a>>,
+    rows: Vec<Kept>,
 }
 
 /// A row of the result.
-struct Kept<'a> {
+struct Kept {
     /// Which row of the adapter it is.
     origin: usize,
     /// What its part of the profile is multiplied with.
     factor: f32,
-    label: Option<&'a str>,
-    side: Side,
+    /// What it belongs to, by the positions of the adapter's labels.
+    row: Row,
 }
 
 impl<'a> Part<'a> {
-    fn of(adapter: &'a Adapter, names: &[&str]) -> Option<Self> {
+    fn of(adapter: &'a Adapter, names: &HashSet<&str>) -> Option<Self> {
         let known = adapter.labels();
-        let is_kept = |i: &usize| names.contains(&known[*i].name.as_str());
+        let is_kept = |i: &usize| names.contains(known[*i].name.as_str());
         let labels: Vec<usize> = (0..known.len()).filter(is_kept).collect();
-        let first = known[*labels.first()?].name.as_str();
+        let first = *labels.first()?;
         let mut rows = Vec::new();
-        for (origin, &Row { label, side }) in adapter.row_sides().iter().enumerate() {
-            let mut keep = |factor, label, side| {
+        for (origin, &row) in adapter.row_sides().iter().enumerate() {
+            let mut keep = |factor, row| {
                 rows.push(Kept {
                     origin,
                     factor,
-                    label,
-                    side,
+                    row,
                 });
             };
-            match label {
-                Some(label) if !labels.contains(&label) => {
-                    let factor = left_out(&known[label], side, adapter.coefficient_kind());
+            match row.label() {
+                Some(label) if !is_kept(&label) => {
+                    let factor = left_out(&known[label], row, adapter.coefficient_kind());
                     if factor != 0.0 {
-                        // A row that no weight moves: w and 1 − w of a kept label add up to 1.
-                        keep(factor, Some(first), Side::Positive);
-                        keep(factor, Some(first), Side::Negative);
+                        // This row must not depend on weights. Both sides of a kept label have it,
+                        // whose scales w and 1 - w add up to 1.
+                        keep(factor, Row::Positive(first));
+                        keep(factor, Row::Negative(first));
                     }
                 }
-                label => keep(1.0, label.map(|i| known[i].name.as_str()), side),
+                _ => keep(1.0, row),
             }
         }
         Some(Self {
@@ -169,12 +177,12 @@ impl<'a> Part<'a> {
 }
 
 /// The scale of a row whose label is left out.
-fn left_out(label: &Label, side: Side, kind: CoefficientKind) -> f32 {
-    match (kind, side) {
+fn left_out(label: &Label, row: Row, kind: CoefficientKind) -> f32 {
+    match (kind, row) {
         (CoefficientKind::Linear, _) => 0.0, // neutral is 0
-        (CoefficientKind::LayerNorm, Side::Positive) => label.left_out(),
-        (CoefficientKind::LayerNorm, Side::Negative) => 1.0 - label.left_out(),
-        (CoefficientKind::LayerNorm, Side::Constant) => 1.0,
+        (CoefficientKind::LayerNorm, Row::Positive(_)) => label.left_out(),
+        (CoefficientKind::LayerNorm, Row::Negative(_)) => 1.0 - label.left_out(),
+        (CoefficientKind::LayerNorm, Row::Constant) => 1.0,
     }
 }
 
@@ -218,7 +226,10 @@ fn join(parts: &[Part<'_>], names: &[&str]) -> Result<Adapter> {
         let context_rows =
             Tensor::rounded([rows, context.shape()[1]], part.picked(context), DType::F32);
         tensors.insert(CONTEXT_ROWS.to_owned(), context_rows);
-        tensors.insert(GRAM.to_owned(), gram(part, &file[GRAM]));
+        tensors.insert(
+            GRAM_FACTOR.to_owned(),
+            gram_factor(part, &file[GRAM_FACTOR]),
+        );
     }
     let pieces = |name| -> Result<Option<Vec<Tensor>>> {
         let piece = |part: &Part<'_>| {
@@ -247,35 +258,46 @@ fn join(parts: &[Part<'_>], names: &[&str]) -> Result<Adapter> {
     Adapter::from_tensors(&tensors, &metadata(parts, names)?)
 }
 
-/// G of the rows that are kept.
-fn gram(part: &Part<'_>, of_all: &Tensor) -> Tensor {
-    let sides = part.adapter.row_sides();
+/// L of the rows that are kept.
+fn gram_factor(part: &Part<'_>, of_all: &Tensor) -> Tensor {
     // The place of a row among those that are not constant.
-    let place = |row: usize| {
-        sides[..row]
-            .iter()
-            .filter(|r| r.side != Side::Constant)
-            .count()
-    };
-    let kept = part.rows.iter().filter(|row| row.side != Side::Constant);
-    let places: Vec<usize> = kept.map(|row| place(row.origin)).collect();
-    let (numbers, size) = (&of_all.to_f32(), of_all.shape()[0]);
-    let entries = places
-        .iter()
-        .flat_map(|j| places.iter().map(move |k| numbers[j * size + k]));
-    Tensor::rounded([places.len(); 2], entries.collect(), DType::F32)
+    let mut next = 0;
+    let places = part.adapter.row_sides().iter().map(|row| {
+        let place = next;
+        next += usize::from(*row != Row::Constant);
+        place
+    });
+    let places: Vec<usize> = places.collect();
+    let (numbers, m) = (of_all.to_f32(), of_all.shape()[1]);
+    let kept = part.rows.iter().filter(|kept| kept.row != Row::Constant);
+    let rows: Vec<f32> = kept
+        .flat_map(|kept| numbers[places[kept.origin] * m..][..m].iter().copied())
+        .collect();
+    Tensor::rounded([rows.len() / m, m], rows, DType::F32)
+}
+
+/// Part and label of every name.
+fn owners<'a>(parts: &[Part<'a>], names: &[&str]) -> Vec<(usize, &'a Label)> {
+    let mut by_name = HashMap::new();
+    for (i, part) in parts.iter().enumerate() {
+        let known = part.adapter.labels();
+        for &label in &part.labels {
+            by_name.insert(known[label].name.as_str(), (i, &known[label]));
+        }
+    }
+    names.iter().map(|name| by_name[name]).collect()
 }
 
 /// The features of the labels, in the order of the names.
 fn aes_emb(parts: &[Part<'_>], pieces: &[Tensor], names: &[&str]) -> Tensor {
     let d = pieces[0].shape()[2];
+    let pieces: Vec<Vec<f32>> = pieces.iter().map(Tensor::to_f32).collect();
     let mut features = Vec::with_capacity(names.len() * 2 * d);
-    for name in names {
-        for (part, piece) in parts.iter().zip(pieces) {
-            if let Ok(index) = part.adapter.labels().index(&LabelKey::from(*name)) {
-                features.extend(&piece.to_f32()[index * 2 * d..][..2 * d]);
-            }
-        }
+    for (part, label) in owners(parts, names) {
+        let key = LabelKey::Name(label.name.clone());
+        let index = parts[part].adapter.labels().index(&key);
+        let index = index.expect("a label of that part");
+        features.extend(&pieces[part][index * 2 * d..][..2 * d]);
     }
     Tensor::rounded([names.len(), 2, d], features, DType::F32)
 }
@@ -287,31 +309,29 @@ fn metadata(parts: &[Part<'_>], names: &[&str]) -> Result<BTreeMap<String, Strin
     metadata.retain(|key, value| {
         key != "modelspec.hash_sha256" && all.iter().all(|other| other.get(key) == Some(value))
     });
-    let mut labels = Vec::new();
-    for name in names {
-        for part in parts {
-            let known = part.adapter.labels();
-            let kept = part.labels.iter().map(|&i| &known[i]);
-            labels.extend(kept.filter(|label| label.name == *name).cloned());
-        }
-    }
-    let labels = Labels::new(labels)?;
+    let labels = owners(parts, names).into_iter();
+    let labels = Labels::new(labels.map(|(_, label)| label.clone()).collect())?;
     metadata.insert("vmix.labels".to_owned(), labels.to_json());
-    let sides = parts.iter().flat_map(|part| &part.rows);
-    let sides: Vec<_> = sides
-        .map(|row| match row.label {
-            Some(label) => json!({"label": label, "side": row.side.name()}),
-            None => json!({"side": row.side.name()}),
+    let sides = parts.iter().flat_map(|part| {
+        let known = part.adapter.labels();
+        part.rows.iter().map(|kept| match kept.row.label() {
+            Some(label) => json!({"label": known[label].name, "side": kept.row.side()}),
+            None => json!({"side": kept.row.side()}),
         })
-        .collect();
+    });
+    let sides: Vec<_> = sides.collect();
     metadata.insert("vmix.rows".to_owned(), json!(sides).to_string());
     if parts.len() > 1 {
         let made = all.iter().filter_map(|one| one.get(Made::KEY));
-        let made: Vec<serde_json::Value> = made
+        let made: Vec<serde_json::Map<String, serde_json::Value>> = made
             .filter_map(|made| serde_json::from_str(made).ok())
             .collect();
-        let made = json!({"method": Method::Merged.name(), "parts": made}).to_string();
-        metadata.insert(Made::KEY.to_owned(), made);
+        // What all of them say, such as the checkpoint, goes on being said.
+        let mut joined = made.first().cloned().unwrap_or_default();
+        joined.retain(|key, value| made.iter().all(|one| one.get(key) == Some(&*value)));
+        joined.insert("method".to_owned(), Made::MERGED.into());
+        joined.insert("parts".to_owned(), made.into());
+        metadata.insert(Made::KEY.to_owned(), json!(joined).to_string());
     }
     Ok(metadata)
 }

@@ -61,7 +61,7 @@ impl Values {
     fn read(file: &File) -> Result<Self> {
         let common = Common::read(file, Kind::Preset)?;
         let apply_to = read_apply_to(file)?;
-        Made::read(file)?;
+        Made::check(file)?;
         let layers = read_layers(file, common.base, |layer| {
             let name = format!("{layer}{COND}");
             match *file.tensor(&name)?.shape {

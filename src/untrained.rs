@@ -71,7 +71,7 @@ impl Untrained {
         self.0.common.base
     }
 
-    /// The labels, in the order of AesEmb.
+    /// The labels, in the order of the file.
     pub fn labels(&self) -> &Labels {
         &self.0.common.labels
     }

@@ -133,9 +133,10 @@ class Adapter:
     ) -> Adapter:
         """From the matrices that the paper trains, computed in f64; `dtype` is that of the rows.
 
-        `tensors`: `aes_emb` [N, 2, d], `projection.linear.weight` [C, N] and, without effect,
-        `projection.linear.bias` [C], `projection.norm.weight` and `.bias` [d],
-        `projection.zero.weight` [d, d] and `.bias` [d], `<layer>.to_v_aes.weight` [inner_dim, d].
+        `tensors`: `aes_emb` [N, 2, d], `projection.linear.weight` [C, N],
+        `projection.norm.weight` and `.bias` [d], `projection.zero.weight` [d, d] and `.bias` [d],
+        `<layer>.to_v_aes.weight` [inner_dim, d]; `projection.linear.bias` [C] is optional and has
+        no effect.
         `metadata`: that of the file, but for `vmix.format`, `.kind`, `.rows` and `.coefficients`.
         """
 
@@ -228,7 +229,9 @@ class Values:
     def dtype(self) -> str: ...
     @property
     def origin(self) -> str: ...
-    def uncond(self, layer: str) -> Tensor | None: ...
+    def uncond(self, layer: str) -> Tensor | None:
+        """V_a of the opposite selection; None unless `apply_to` is "contrast"."""
+
     def __getitem__(self, layer: str, /) -> Tensor: ...
     def __contains__(self, layer: object, /) -> bool: ...
     def __iter__(self) -> Iterator[str]: ...
@@ -270,7 +273,7 @@ def merge_adapters(adapters: Sequence[Adapter], labels: Sequence[str] | None = N
     """One adapter with some labels of one or several, in the order of `labels`; with all if None.
 
     A label that is dropped stays at its neutral weight, or at 0 where it has none. Several adapters
-    must have linear coefficients and be for the same kind of U-Net."""
+    must have linear coefficients and be for the same U-Net and the same passes (`apply_to`)."""
 
 def unet_layers(base: Literal["sd15", "sdxl"]) -> list[Layer]:
     """The cross-attention layers of a known base, down to up."""

@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from torch.utils.dlpack import from_dlpack
 
 import vmix
-from vmix import Adapter, Untrained, Values, VMixError
+from vmix import Adapter, Untrained, Values, VMixError, rows
 
 __all__ = ["get_vmix", "list_vmix", "load_vmix", "set_vmix", "set_vmix_scale", "unload_vmix"]
 
@@ -79,14 +79,13 @@ def load_vmix(
         adapter_or_preset: a file, an `Adapter` or the `Values` of one selection.
         selection: the labels, for an adapter: a name, a list of names, a dictionary of weights,
             "all" or "none"; the file's default weights if None. A label that is left out is at its
-            neutral weight; one without a neutral weight is at 0, which is its negative text and a
-            look of its own. A list of selections has one for every image of a batch, see
-            `set_vmix`.
+            neutral weight, or at 0 where it has none: that is its negative text, which changes the
+            picture too. A list of selections has one for every image of a batch, see `set_vmix`.
         scale: λ of eq. 9; a number or a dictionary per block, see `set_vmix_scale`.
         apply_to: the passes of classifier-free guidance that are mixed: "cond", "both", or
             "contrast" (the selection on cond, its opposite on uncond); the file's own if None.
-        adapter_name: several names add up; labels of one file belong into one selection. A name
-            that is already loaded is replaced.
+        adapter_name: several names add up; put labels of one file into one selection. A name that
+            is already loaded is replaced.
         start, end: the part of `scheduler.timesteps` in which the adapter acts, as fractions;
             step i of n is inside if start ≤ i/n and (i+1)/n ≤ end, as ControlNet counts. It is
             the whole schedule also where img2img begins in its middle; of equal timesteps, which
@@ -128,13 +127,14 @@ def load_vmix(
     state.watch_steps(unet)
     unet._vmix = state
     unet.fuse_qkv_projections = state.refuse_fusing
-    if isinstance(source, Adapter) and source.made["method"] == "fitted" and _made_for(source):
+    if isinstance(source, Adapter) and source.made["method"] != "trained" and _made_for(source):
         # Fitted labels do elsewhere what they did there only more or less.
         _LOG.warning("VMix: this adapter was fitted on %s", _made_for(source))
 
 
 def set_vmix(pipe: Any, selection: Selections, adapter_name: str = "default") -> None:
-    """Sets other label weights: in milliseconds, also in a callback between two steps.
+    """Sets other label weights: in milliseconds, also in a callback between two steps. Call it in
+    the thread that runs the pipeline.
 
     A list of selections gives every image its own: as many as there are images, or as there are
     prompts where `num_images_per_prompt` repeats each.
@@ -243,18 +243,20 @@ class _Adapter:
     def check(self, mixed: Mapping[str, _Pair], weights: Any, scales: Mapping[str, float]) -> None:
         """Refuses what is not finite in the U-Net's dtype: it would make every picture black."""
         parts = [(path, part) for path, pair in mixed.items() for part in pair if part is not None]
-        finite = torch.stack([part.isfinite().all() for _, part in parts])
+        device = parts[0][1].device
+        finite = torch.stack([part.isfinite().all().to(device) for _, part in parts])
         if finite.all():  # waits for the device once
             return
         path, part = parts[int(finite.int().argmin())]
-        strongest = max(
-            (abs(weight), label, weight)
+        left_out = {label.name: label.neutral or 0.0 for label in self.source.labels}
+        _, label, weight = max(
+            (abs(weight - left_out[label]), label, weight)
             for one in (weights if isinstance(weights, list) else [weights])
             for label, weight in one.items()
         )
         raise VMixError(
             f"layer {path}: expected values that {part.dtype} can hold, found more: label "
-            f"{strongest[1]!r} at weight {strongest[2]:g}, scale {scales[path]:g}"
+            f"{label!r} at weight {weight:g}, scale {scales[path]:g}"
         )
 
 
@@ -286,7 +288,7 @@ class _Mix:
         if self.rows is not None:
             assert coefficients is not None
             self.rows = self.rows.to(device)
-            values = [None if a is None else _times(a.to(device), self.rows) for a in coefficients]
+            values = [None if a is None else rows.values(a, self.rows) for a in coefficients]
         else:
             assert self.fixed is not None
             values = [None if v is None else v.to(device, torch.float32) for v in self.fixed]
@@ -296,10 +298,10 @@ class _Mix:
 
     def move(self, device: torch.device, dtype: torch.dtype) -> None:
         """To where the layer computes, at its first call there."""
-        self.device, self.dtype = device, dtype
         pair = self.product(self.adapter.coefficients, self.scale, device, dtype)
-        self.adapter.check({self.path: pair}, self.adapter.weights, {self.path: self.scale})
-        self.cond, self.uncond = pair
+        if not torch.compiler.is_compiling():  # a graph cannot ask for a number
+            self.adapter.check({self.path: pair}, self.adapter.weights, {self.path: self.scale})
+        self.device, self.dtype, (self.cond, self.uncond) = device, dtype, pair
 
     def __call__(self, value: Tensor, state: _State) -> Tensor:
         """V_c + λ·V_a (eq. 9) for `value` [B, T, inner_dim] of a context, T a multiple of C."""
@@ -312,15 +314,15 @@ class _Mix:
         if self.device != value.device or self.dtype != value.dtype:
             self.move(value.device, value.dtype)
         if self.adapter.apply_to == "both":
-            images = state.images(value.shape[0]) if self.cond.ndim == 3 else 0
+            images = state.split(value.shape[0])[0] if self.cond.ndim == 3 else 0
             return value + self._tiled(self.cond, value, images)
-        rows = state.uncond_rows(value.shape[0])
-        cond = value[rows:] + self._tiled(self.cond, value[rows:], rows or value.shape[0])
+        images, rows = state.split(value.shape[0])
+        cond = value[rows:] + self._tiled(self.cond, value[rows:], images)
         if not rows:
             return cond
         uncond = value[:rows]
         if self.uncond is not None:
-            uncond = uncond + self._tiled(self.uncond, uncond, rows)
+            uncond = uncond + self._tiled(self.uncond, uncond, images)
         return torch.cat([uncond, cond])
 
     def _tiled(self, aes: Tensor, value: Tensor, images: int) -> Tensor:
@@ -437,8 +439,9 @@ class _State:
             self.steps.remove()
             self.steps = None
 
-    def uncond_rows(self, batch: int) -> int:
-        """How many rows of a batch, from its start, are unconditional."""
+    def split(self, batch: int) -> tuple[int, int]:
+        """How many images a batch holds in each of its parts, and how many of its rows, from its
+        start, are unconditional."""
         # Not `do_classifier_free_guidance`: it looks at `pipe.unet`, which a compiler that is
         # tracing that very module refuses to follow.
         pipe = self.pipe()
@@ -446,22 +449,20 @@ class _State:
         if guidance is None:
             raise VMixError(
                 "the U-Net does not know which part of its batch is unconditional: run it through "
-                "the pipeline that was given to load_vmix, or load with apply_to='both'"
+                "the pipeline that was given to load_vmix, or load one selection for all images "
+                "with apply_to='both'"
             )
-        if self.embeds_guidance or guidance <= 1:
-            return 0
-        # Perturbed-attention guidance appends a third part, conditional too.
-        parts = 3 if self.perturbs and pipe.do_perturbed_attention_guidance else 2
+        guided = not self.embeds_guidance and guidance > 1
+        # Perturbed-attention guidance appends another part, conditional too.
+        perturbed = self.perturbs and pipe.do_perturbed_attention_guidance
+        parts = 1 + int(guided) + int(perturbed)
         if batch % parts:
             raise VMixError(
-                f"guidance is on, so the U-Net's batch is expected to hold {parts} equal parts, "
-                f"unconditional first; found a batch of {batch}"
+                f"the U-Net's batch is expected to hold {parts} equal parts, unconditional first "
+                f"where guidance is on; found a batch of {batch}"
             )
-        return batch // parts
-
-    def images(self, batch: int) -> int:
-        """How many images a batch holds, in each of its parts."""
-        return self.uncond_rows(batch) or batch
+        images = batch // parts
+        return images, images if guided else 0
 
     def refuse_fusing(self) -> None:
         """Stands in for the U-Net's `fuse_qkv_projections`."""
@@ -543,14 +544,6 @@ def _coefficients(adapter: Adapter, selection: Selections, apply_to: str) -> _Pa
     if apply_to != "contrast":
         return cond, None
     return cond, from_dlpack(adapter.coefficients(_each(selection, adapter.opposite)))
-
-
-def _times(a: Tensor, rows: Tensor) -> Tensor:
-    """A·B in f32."""
-    if a.device.type == "cpu":
-        return a @ rows
-    # Not a product of matrices, for which GPUs may be set to use 10 bits (TF32).
-    return (a[..., None] * rows).sum(-2)
 
 
 def _fixed(source: Adapter | Values, path: str, apply_to: str) -> _Pair | None:

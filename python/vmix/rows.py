@@ -36,12 +36,12 @@ def coefficients(
     weights: Tensor,
     profile: Tensor,
     rows: Sequence[tuple[int | None, str]],
-    gram: Tensor | None = None,
+    gram_factor: Tensor | None = None,
     norm_eps: float = 0.0,
 ) -> Tensor:
     """A [..., C, R] in f64 for weights [..., N]; `rows` are the label's position and side of each.
 
-    A file without a gram is linear.
+    A file without a gram_factor is linear.
     """
     weights = weights.double()
 
@@ -49,22 +49,28 @@ def coefficients(
         if label is None:
             return torch.ones_like(weights[..., 0])
         w = weights[..., label]
-        if gram is None:
+        if gram_factor is None:
             return (w if side == "positive" else -w).clamp(min=0)
         return w if side == "positive" else 1 - w
 
     u = profile.double() * torch.stack([scale(*row) for row in rows], -1)[..., None, :]
-    if gram is None:
+    if gram_factor is None:
         return u
     normed = torch.tensor([label is not None for label, _ in rows], device=u.device)
-    v = u[..., normed]
-    variance = (v @ gram.double() * v).sum(-1, keepdim=True).clamp(min=0)
+    variance = (u[..., normed] @ gram_factor.double()).square().sum(-1, keepdim=True)
     return torch.where(normed, u * (variance + norm_eps).rsqrt(), u)
 
 
 def values(A: Tensor, rows: Tensor) -> Tensor:
-    """V_a [..., C, inner_dim] of a layer in f32, where no autocast and no TF32 is on."""
-    return A.float() @ rows.float()
+    """V_a [..., C, inner_dim] of a layer in f32, on the device of the rows.
+
+    Not a product of matrices: those have 8 or 10 bits where autocast or TF32 is on.
+    """
+    A, rows = A.to(rows.device, torch.float32), rows.float()
+    out = A.new_zeros(*A.shape[:-1], rows.shape[-1])
+    for r in range(len(rows)):
+        out = torch.addcmul(out, A[..., r, None], rows[r])
+    return out
 
 
 class RowsError(ValueError):
@@ -106,7 +112,7 @@ class RowFile:
     norm_eps: float
     row_sides: tuple[tuple[str | None, str], ...]  # label and side of every row
     profile: Tensor
-    gram: Tensor | None
+    gram_factor: Tensor | None
     rows: Mapping[str, Tensor]
     ldm_names: Mapping[str, str]
     aes_emb: Tensor | None
@@ -129,7 +135,12 @@ class RowFile:
             selection = [label.name for label in self.labels]
         elif isinstance(selection, str):
             selection = [] if selection == "none" else [selection]
-        chosen = selection if isinstance(selection, Mapping) else dict.fromkeys(selection, 1.0)
+        if isinstance(selection, Mapping):
+            chosen = selection
+        elif isinstance(selection, Sequence) and all(isinstance(name, str) for name in selection):
+            chosen = dict.fromkeys(selection, 1.0)
+        else:
+            self._refuse("selection", "a label, labels or their weights", _shown(selection))
         weights = {label.name: label.left_out for label in self.labels}
         for name, weight in chosen.items():
             if name not in weights:
@@ -149,7 +160,9 @@ class RowFile:
     def coefficients(self, selection: Selection | Sequence[Selection] | Tensor = None) -> Tensor:
         """A [C, R] in f32; [B, C, R] of a list of selections or of weights [B, N]."""
         if isinstance(selection, Tensor):
-            weights = selection
+            weights = selection.float()
+            if not weights.isfinite().all():
+                self._refuse("weights", "finite numbers", "NaN or infinity")
         elif isinstance(selection, Sequence) and not all(isinstance(s, str) for s in selection):
             weights = self._vector(*selection)
         else:
@@ -158,7 +171,7 @@ class RowFile:
             self._refuse("weights", f"{len(self.labels)} per image", f"shape {[*weights.shape]}")
         position = {label.name: i for i, label in enumerate(self.labels)}
         rows = [(None if name is None else position[name], side) for name, side in self.row_sides]
-        exact = coefficients(weights.cpu(), self.profile, rows, self.gram, self.norm_eps)
+        exact = coefficients(weights.cpu(), self.profile, rows, self.gram_factor, self.norm_eps)
         if not (A := exact.float()).isfinite().all():
             self._refuse("weights", "coefficients that float32 can hold", "more")
         return A
@@ -206,6 +219,7 @@ _UNETS = {
 _CONTEXT_DIMS = {"sd15": 768, "sdxl": 2048}
 _CONTEXT_TOKENS = 77
 _LONGEST_HEADER = 100_000_000
+_LARGEST = 2**32
 _MOST_TOKENS = 4096
 _MOST_RESULTS = 2**28
 _DEEPEST_JSON = 127
@@ -238,6 +252,9 @@ def open_rows(path: str | os.PathLike[str]) -> RowFile:
                 f"{_printable(name)}: not a safetensors file: {8 + length + reader.end} bytes "
                 f"expected, {size} found"
             )
+        if size > _LARGEST:
+            expected = f"at most {_LARGEST} bytes"
+            raise RowsError(f"{_printable(name)}: expected {expected}, found {size}")
         content = start + header + file.read(reader.end)
     try:
         tensors = load(content)
@@ -249,7 +266,7 @@ def open_rows(path: str | os.PathLike[str]) -> RowFile:
         **parts,
         rows={layer: tensors[f"{layer}.rows"] for layer in parts["ldm_names"]},
         profile=tensors["profile"],
-        gram=tensors.get("gram"),
+        gram_factor=tensors.get("gram_factor"),
         aes_emb=tensors.get("aes_emb"),
         context_rows=tensors.get("context.rows"),
         attention=tensors.get("attention"),
@@ -348,7 +365,7 @@ class _Reader:
             self.refuse_tensor(tensor, wanted, f"shape {shape}")
         return shape
 
-    def f32(self, tensor: str, shape: Sequence[int]) -> None:
+    def f32(self, tensor: str, shape: Sequence[int | str]) -> None:
         self.shape(tensor, shape)
         if (dtype := self.tensors[tensor][0]) != "F32":
             self.refuse_tensor(tensor, "F32", dtype)
@@ -391,9 +408,9 @@ def _read(reader: _Reader) -> dict[str, Any]:
     if layernorm:
         norm_eps = _norm_eps(reader)
         varied = sum(side != "constant" for _, side in sides)
-        reader.f32("gram", [varied, varied])
+        reader.f32("gram_factor", [varied, "m"])
         reader.shape("context.rows", [len(sides), dim or "d"])
-        known |= {"gram", "context.rows"}
+        known |= {"gram_factor", "context.rows"}
     if "attention" in reader.tensors:
         reader.f32("attention", [tokens, tokens])
     dtypes = set()
@@ -464,7 +481,7 @@ def _sides(
     reader: _Reader, labels: Iterable[Label], layernorm: bool
 ) -> tuple[tuple[str | None, str], ...]:
     key, expected = "vmix.rows", "a JSON list with `side` and `label` of every row"
-    known = [label.name for label in labels]
+    known = {label.name for label in labels}
     sides = []
     for entry in reader.json(key, list, expected):
         row = entry if isinstance(entry, dict) else {}
@@ -472,14 +489,16 @@ def _sides(
         if side == "constant":
             fits = layernorm and label is None
         else:
-            fits = side in ("positive", "negative") and label in known
+            is_known = isinstance(label, str) and label in known
+            fits = side in ("positive", "negative") and is_known
         if not fits:
             allowed = "positive, negative" + ", or constant without a label" * layernorm
             found = _shown(json.dumps(entry))
             reader.refuse_key(key, f"{expected}: {allowed}, labels of vmix.labels", found)
         sides.append((label, side))
+    with_row = {name for name, _ in sides}
     for label in labels:
-        if all(label.name != name for name, _ in sides):
+        if label.name not in with_row:
             reader.refuse_key(key, "a row for every label", f"none of {_shown(label.name)}")
         if not layernorm and (label.neutral is None or _f32(label.neutral) != 0):
             found = f"{label.neutral} for label {_shown(label.name)}"
@@ -565,13 +584,6 @@ def _check_numbers(reader: _Reader, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if not (finite := tensor.isfinite()).all():
             reader.refuse_tensor(name, "finite values", tensor[~finite][0].item())
-    if (gram := tensors.get("gram")) is not None:
-        if (lowest := gram.diagonal().min()) < 0:
-            reader.refuse_tensor("gram", "a diagonal that is not negative", lowest.item())
-        if (gram != gram.T).any():
-            i, j = (gram != gram.T).nonzero()[0].tolist()
-            found = f"{gram[i, j]} and {gram[j, i]} at [{i}, {j}] and [{j}, {i}]"
-            reader.refuse_tensor("gram", "a symmetric matrix", found)
     if (attention := tensors.get("attention")) is not None:
         if (lowest := attention.min()) < 0:
             reader.refuse_tensor("attention", "entries that are not negative", lowest.item())
@@ -583,7 +595,7 @@ def _check_numbers(reader: _Reader, tensors: Mapping[str, Tensor]) -> None:
 def _parsed(text: str) -> Any:
     """JSON as strict as serde_json's; ValueError says what is wrong with it."""
     # Counted beforehand: Python's parser overflows the stack at a depth that depends on the caller.
-    brackets = re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*"|[][{}]', text, re.DOTALL)
+    brackets = re.finditer(r'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)|[][{}]', text, re.DOTALL)
     steps = ({"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket[0], 0) for bracket in brackets)
     if any(depth > _DEEPEST_JSON for depth in accumulate(steps)):
         raise ValueError("too many brackets inside of each other")

@@ -109,7 +109,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
             {"neutral": 0.5},
             {
                 "profile": torch.tensor([[1.0, 1, 1], [-1, -1, 1]]),
-                "gram": torch.tensor([[1.0, -1], [-1, 1]]),
+                "gram_factor": torch.tensor([[1.0], [-1]]),
                 "layer.rows": torch.tensor([[5.0, 0], [0, 3], [1, 1]]),
                 "context.rows": torch.tensor([[5.0, 0], [0, 3], [1, 1]]),
                 "aes_emb": aes_emb,

@@ -177,7 +177,7 @@ def write_sdxl_adapter(path: Path) -> None:
     tensors = {
         "aes_emb": randn(4, 2, 2048),
         "profile": randn(77, rows),
-        "gram": torch.eye(rows - 1),
+        "gram_factor": torch.eye(rows - 1),
         "context.rows": randn(rows, 2048),
     }
     for layer in vmix.unet_layers("sdxl"):

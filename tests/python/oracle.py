@@ -170,9 +170,10 @@ def centred(tensors: Mapping[str, Tensor]) -> Tensor:
 def cancellation(tensors: Mapping[str, Tensor], weights: Sequence[float] | Tensor) -> Tensor:
     """κ [C, 1]: how much the features of a token cancel each other."""
     features, u = centred(tensors), mixture(tensors, weights)
-    gram = features @ features.T / features.shape[1]
+    factor = torch.linalg.qr(features.T / features.shape[1] ** 0.5).R.T
     variance = lifted(tensors, weights).var(-1, correction=0, keepdim=True)
-    return (u.abs() @ gram.abs() * u.abs()).sum(-1, keepdim=True) / (variance + EPS)
+    whole = (u.abs() @ factor.abs()).square().sum(-1, keepdim=True)
+    return (whole / (variance + EPS)).sqrt()
 
 
 # --- attention ---

@@ -189,7 +189,7 @@ def test_features_that_nearly_coincide(distance: float) -> None:
     m["aes_emb"][1, 0] = m["aes_emb"][0, 0] + distance * torch.randn(12, generator=draw)
     m["projection.linear.weight"][:, 1] = -m["projection.linear.weight"][:, 0]
     kappa = oracle.cancellation(m, [1.0, 1.0])
-    assert kappa.max() > 1 / (distance**2 + oracle.EPS)  # so there is something to see
+    assert kappa.max() > 1 / (distance**2 + oracle.EPS) ** 0.5  # so there is something to see
     adapter = vmix.Adapter.from_matrices(m, metadata(2))
     for weights in ([1.0, 1.0], [0.0, 0.0], [1.0, 0.5], [3.0, 3.0]):
         check(adapter, m, weights)
@@ -669,7 +669,7 @@ def test_the_examples_of_the_documentation() -> None:
     layernorm = vmix.Adapter.from_tensors(
         {
             "profile": torch.tensor([[1.0, 1, 1], [-1, -1, 1]]),
-            "gram": torch.tensor([[1.0, -1], [-1, 1]]),
+            "gram_factor": torch.tensor([[1.0], [-1]]),
             "layer.rows": torch.tensor([[5.0, 0], [0, 3], [1, 1]]),
             "aes_emb": torch.tensor([[[1.0, -1], [-1, 1]]]),
             "context.rows": torch.zeros(3, 2),
@@ -989,37 +989,37 @@ def test_merges_that_are_refused() -> None:
         ([ab], ["a", "a"], "two labels named `a`"),
         ([ab, ab], None, "labels: expected labels of different names, found `a` in two adapters"),
         ([ab, ab], ["b"], "labels: expected labels of different names, found `b` in two adapters"),
-        ([ab, layernorm], None, "coefficients of the adapters: expected `linear`, .*`layernorm`"),
-        ([layernorm, ab], ["a"], "coefficients of the adapters: expected `linear`, .*`layernorm`"),
+        ([ab, layernorm], None, "coefficients of .*: expected `linear`, .*`layernorm`"),
+        ([layernorm, ab], ["a"], "coefficients of .*: expected `linear`, .*`layernorm`"),
         (
             [ab, other(base="sd15", context_tokens=77)],
             None,
-            "base of the adapters: expected `other` in all, found `sd15`",
+            "base of tensors: expected `other`, as of tensors, found `sd15`",
         ),
         (
             [ab, other(apply_to="both")],
             None,
-            "apply_to of the adapters: expected `cond` in all, found `both`",
+            "apply_to of tensors: expected `cond`, as of tensors, found `both`",
         ),
         (
             [ab, other(context_tokens=4)],
             None,
-            "context tokens of the adapters: expected 3 in all, found 4",
+            "context tokens of tensors: expected `3`, as of tensors, found `4`",
         ),
         (
-            [ab, other({"aes_emb": torch.ones(1, 2, 9)})],
+            [other({"aes_emb": torch.ones(1, 2, 8)}), other({"aes_emb": torch.ones(1, 2, 9)})],
             None,
-            "context width of the adapters: expected none in all, found 9",
+            "context width of tensors: expected `8`, as of tensors, found `9`",
         ),
         (
             [ab, other({f"{UP}.rows": torch.ones(1, 5)})],
             None,
-            "layers of the adapters: expected the same layers, found different ones",
+            "layers of tensors: expected those of tensors, found others",
         ),
         (
             [ab, other(ldm_names=ldm_names)],
             None,
-            "layers of the adapters: expected the same layers, found different ones",
+            "layers of tensors: expected those of tensors, found others",
         ),
     ]
     for adapters, labels, message in cases:

@@ -449,13 +449,13 @@ BAD_FILES: dict[str, tuple[Change, str]] = {
     "half a U-Net": (without("output_blocks"), r"the layers of SD1.5 \(16.*found 7 layers"),
     "another width": (context_of(320), "a context of width 320, .* found 1 of together 128"),
     "no such width": (put(EMBEDDING, lambda x: x[:, :100]), "multiples of 64.*found 100"),
-    "no block": (without(f"{PREFIX}encoder"), "encoder.layers.0.mlp.fc1.weight`.*found none"),
+    "no block": (without(f"{PREFIX}encoder"), "encoder.layers.0.mlp.fc1.weight`.*no such"),
     "no weight": (
         without(f"{BLOCK}mlp.fc2.w"),
         rf"`{BLOCK}mlp.fc2.weight`: .*\[128, 192\].*no such",
     ),
     "no bias": (without(f"{BLOCK}mlp.fc2.b"), rf"`{BLOCK}mlp.fc2.bias`: .*\[128\].*no such"),
-    "no positions": (without(POSITIONS), f"`{POSITIONS}`: expected a tensor of that name"),
+    "no positions": (without(POSITIONS), f"`{POSITIONS}`: expected a tensor, found"),
     "another shape": (
         put(f"{BLOCK}self_attn.k_proj.weight", lambda x: x[:, :64]),
         rf"`{BLOCK}self_attn.k_proj.weight`: expected shape \[128, 128\], found shape \[128, 64\]",

@@ -446,7 +446,7 @@ def test_an_init_file_is_the_list_that_it_was_made_of(
     assert first.keys() == second.keys()
     assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
-    with pytest.raises(SystemExit, match="expected an init file, found: adapter"):
+    with pytest.raises(SystemExit, match="expected an init file, found an adapter"):
         run(pipeline, data, tmp_path / "c", f"--labels={out / 'vmix.safetensors'}")
     xl = _pipeline(tmp_path / "xl", "epsilon", xl=True)
     with pytest.raises(SystemExit, match="another base: expected 16 tokens of width 64, 4 layers"):

@@ -99,22 +99,22 @@ fn known_bases_are_checked_exactly() {
         };
         assert_eq!(
             refused(&|parts| drop(parts.tensors.remove(&last))),
-            format!("bytes: tensor `{last}`: expected shape [7, {width}], found no such tensor")
+            format!("tensors: tensor `{last}`: expected shape [7, {width}], found no such tensor")
         );
         let extra = "down_blocks.9.attentions.0.transformer_blocks.0.attn2.rows";
         assert_eq!(
             refused(&|parts| parts.put(extra, tensor(&[7, 2], 0))),
-            format!("bytes: tensor `{extra}`: expected no such tensor, found one")
+            format!("tensors: tensor `{extra}`: expected no such tensor, found one")
         );
         assert_eq!(
             refused(&|parts| parts.put(&last, tensor(&[7, 2], 0))),
-            format!("bytes: tensor `{last}`: expected shape [7, {width}], found shape [7, 2]")
+            format!("tensors: tensor `{last}`: expected shape [7, {width}], found shape [7, 2]")
         );
         let d = base.context_dim().unwrap();
         assert_eq!(
             refused(&|parts| parts.put("aes_emb", tensor(&[3, 2, 5], 0))),
             format!(
-                "bytes: tensor `aes_emb`: expected width {d}, as in every {base} U-Net, found 5"
+                "tensors: tensor `aes_emb`: expected width {d}, as in every {base} U-Net, found 5"
             )
         );
     }
@@ -219,8 +219,8 @@ fn wrong_files_are_refused_by_name() {
         ),
         (
             |p| drop(p.tensors.remove(UP)),
-            "tensor `up_blocks.0.attentions.0.transformer_blocks.0.attn2.rows`: expected a tensor of \
-             that name, found none",
+            "tensor `up_blocks.0.attentions.0.transformer_blocks.0.attn2.rows`: expected a tensor, \
+             found no such tensor",
         ),
         (
             |p| p.put("aes_emb", tensor(&[2, 2, 6], 0)),
@@ -246,16 +246,21 @@ fn wrong_files_are_refused_by_name() {
             "tensor `profile`: expected F32, found F16",
         ),
         (
-            |p| p.put("gram", tensor(&[6, 6], 0)),
-            "tensor `gram`: expected a ",
+            |p| p.put("gram_factor", tensor(&[5, 6], 0)),
+            "tensor `gram_factor`: expected shape [6, 6], found shape [5, 6]",
+        ),
+        (
+            |p| p.put("gram_factor", tensor(&[6, 0], 0)),
+            "tensor `gram_factor`: expected shape [6, m], found shape [6, 0]",
         ),
         (
             |p| {
-                let mut gram = p.tensors["gram"].to_f32();
-                gram[7] = f32::NAN;
-                p.put("gram", Tensor::new([6, 6], Data::F32(gram)));
+                let mut factor = p.tensors["gram_factor"].to_f32();
+                factor[7] = f32::NAN;
+                let shape = p.tensors["gram_factor"].shape().to_vec();
+                p.put("gram_factor", Tensor::new(shape, Data::F32(factor)));
             },
-            "tensor `gram`: expected finite values, found NaN",
+            "tensor `gram_factor`: expected finite values, found NaN",
         ),
         (
             |p| p.put("attention", tensor(&[5, 5], 0)),
@@ -301,7 +306,7 @@ fn wrong_files_are_refused_by_name() {
         change(&mut parts);
         let error = parts.opened().unwrap_err().to_string();
         assert!(
-            error.starts_with(&format!("bytes: {expected}")),
+            error.starts_with(&format!("tensors: {expected}")),
             "{error}\nnot {expected}"
         );
     }
@@ -310,7 +315,7 @@ fn wrong_files_are_refused_by_name() {
     parts.set("vmix.labels", &labels);
     assert_eq!(
         parts.opened().unwrap_err().to_string(),
-        "bytes: metadata `vmix.labels`: expected `neutral` 0 in a linear file, found 1 for label \
+        "tensors: metadata `vmix.labels`: expected `neutral` 0 in a linear file, found 1 for label \
          `vibrant color`"
     );
     let file = small().file();
@@ -318,7 +323,7 @@ fn wrong_files_are_refused_by_name() {
         let mut parts = small().file();
         parts.metadata.remove(key);
         let error = parts.opened().unwrap_err().to_string();
-        let expected = format!("bytes: metadata `{key}`: expected ");
+        let expected = format!("tensors: metadata `{key}`: expected ");
         assert!(
             error.starts_with(&expected) && error.ends_with("found no such key"),
             "{error}"
@@ -329,7 +334,7 @@ fn wrong_files_are_refused_by_name() {
         parts.tensors.remove(name);
         let error = parts.opened().unwrap_err().to_string();
         assert!(
-            error.starts_with(&format!("bytes: tensor `{name}`: expected ")),
+            error.starts_with(&format!("tensors: tensor `{name}`: expected ")),
             "{error}"
         );
     }
@@ -364,8 +369,8 @@ fn wrong_matrices_are_refused_by_name() {
              shape [4, 6], found shape [4, 7]",
         ),
         (
-            |p| p.put("gram", tensor(&[6, 6], 0)),
-            "tensor `gram`: expected no such tensor, found one",
+            |p| p.put("gram_factor", tensor(&[6, 6], 0)),
+            "tensor `gram_factor`: expected no such tensor, found one",
         ),
         (
             |p| p.put("aes_emb", tensor(&[3, 2, 0], 0)),
@@ -377,7 +382,7 @@ fn wrong_matrices_are_refused_by_name() {
         change(&mut parts);
         let error = parts.adapter().unwrap_err().to_string();
         assert!(
-            error.starts_with(&format!("bytes: {expected}")),
+            error.starts_with(&format!("matrices: {expected}")),
             "{error}\nnot {expected}"
         );
     }
@@ -386,7 +391,7 @@ fn wrong_matrices_are_refused_by_name() {
         parts.tensors.remove(name);
         let error = parts.adapter().unwrap_err().to_string();
         assert!(
-            error.starts_with(&format!("bytes: tensor `{name}`: expected ")),
+            error.starts_with(&format!("matrices: tensor `{name}`: expected ")),
             "{error}"
         );
     }

@@ -352,7 +352,7 @@ fn merged_adapters_give_the_values_of_the_originals() {
         (
             vec![trained.clone(), trained.clone()],
             None,
-            "coefficients of the adapters: expected `linear`, to join several, found `layernorm`",
+            "coefficients of tensors: expected `linear`, to join several, found `layernorm`",
         ),
         (
             vec![whole.clone(), whole.clone()],

@@ -112,7 +112,7 @@ impl Adapter {
         let name = |i: usize| self.0.labels()[i].name.clone();
         let sides = self.0.row_sides().iter();
         sides
-            .map(|row| (row.label.map(name), row.side.name()))
+            .map(|row| (row.label().map(name), row.side()))
             .collect()
     }
 

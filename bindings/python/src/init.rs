@@ -65,8 +65,11 @@ impl Untrained {
     /// diffusers name → LDM name of every layer, for bases that no table has.
     #[getter]
     fn ldm_names<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        let names = self.0.metadata().get("vmix.ldm_names");
-        let names = names.map_or("{}", String::as_str);
+        // Elsewhere the key is ignored, whatever it says.
+        let names = match self.0.base() {
+            vmix::Base::Other => &*self.0.metadata()["vmix.ldm_names"],
+            _ => "{}",
+        };
         py.import("json")?.call_method1("loads", (names,))
     }
 

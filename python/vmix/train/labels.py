@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vmix import Label, Untrained, init_adapter, read_label_list
+from vmix import Adapter, Label, Untrained, init_adapter, read_label_list
 from vmix import open as open_vmix
 from vmix.train.base import Base
 from vmix.train.errors import TrainingError
@@ -38,6 +38,6 @@ def _is_init_file(source: Path) -> bool:
 def _open(source: Path) -> Untrained:
     made = open_vmix(source)
     if not isinstance(made, Untrained):
-        kind = type(made).__name__.lower()
-        raise TrainingError(f"--labels {source}: expected an init file, found: {kind}")
+        kind = "an adapter" if isinstance(made, Adapter) else "a preset"
+        raise TrainingError(f"--labels {source}: expected an init file, found {kind}")
     return made
