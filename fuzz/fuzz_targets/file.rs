@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, slice};
 use libfuzzer_sys::{fuzz_mutator, fuzz_target, fuzzer_mutate};
 use safetensors::{Dtype, SafeTensors};
 use vmix::{
-    Adapter, ApplyTo, CoefficientKind, DType, Data, Selection, Side, Tensor, Untrained, Values,
+    Adapter, ApplyTo, CoefficientKind, DType, Data, Row, Selection, Tensor, Untrained, Values,
     merge,
 };
 
@@ -81,7 +81,7 @@ fn use_adapter(adapter: &Adapter) {
     for label in 0..n {
         let mut sides = adapter.row_sides().iter();
         assert!(
-            sides.any(|row| row.label == Some(label)),
+            sides.any(|row| row.label() == Some(label)),
             "a row for every label"
         );
     }
@@ -158,10 +158,10 @@ fn assert_are_all(adapter: &Adapter, profile: &Tensor, coefficients: &Tensor) {
     let is_linear = adapter.coefficient_kind() == CoefficientKind::Linear;
     let pairs = profile.to_f32().into_iter().zip(coefficients.to_f32());
     for ((p, a), row) in pairs.zip(adapter.row_sides().iter().cycle()) {
-        match row.side {
-            Side::Negative => assert_eq!(a, 0.0),
-            Side::Positive if !is_linear => {}
-            Side::Positive | Side::Constant => assert_eq!(a, p),
+        match row {
+            Row::Negative(_) => assert_eq!(a, 0.0),
+            Row::Positive(_) if !is_linear => {}
+            Row::Positive(_) | Row::Constant => assert_eq!(a, p),
         }
     }
 }
