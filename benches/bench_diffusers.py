@@ -126,7 +126,7 @@ def main() -> None:
     extra = dict.fromkeys(candidates, 0)
     with vmix(pipe, adapter):
         mixes = [mix for layer in unet._vmix.layers.values() for mix in layer.mixes.values()]
-        extra["VMix (load_vmix)"] = tensor_bytes(t for m in mixes for t in (m.cond, m.values[0]))
+        extra["VMix (load_vmix)"] = tensor_bytes(t for m in mixes for t in (m.cond, m.rows))
     extra["two branches"] = tensor_bytes(v for k, v in tensors.items() if "to_v_aes" in k)
     with ip_adapter(pipe):
         processors = (p for name, p in unet.attn_processors.items() if "attn2" in name)

@@ -10,7 +10,7 @@ use crate::{
     metadata::{Common, Made, one_of, read_apply_to, read_json, read_layers},
     rows::Product,
     threads,
-    values::LayerValues,
+    values::{LayerValues, Origin},
 };
 
 /// Suffix of a layer's rows in files, after its diffusers path.
@@ -28,7 +28,7 @@ pub struct Adapter(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    file: File,
+    file: Arc<File>,
     common: Common,
     apply_to: ApplyTo,
     layers: Layers,
@@ -131,7 +131,7 @@ impl Adapter {
                 .is_some_and(|layer| layers.get(layer).is_ok_and(|known| known.name == layer)),
         })?;
         Ok(Self(Arc::new(Inner {
-            file,
+            file: Arc::new(file),
             common,
             apply_to,
             layers,
@@ -322,7 +322,7 @@ impl Adapter {
             apply_to,
             inner.layers.clone(),
             weights,
-            inner.file.sha256().to_owned(),
+            Origin::File(inner.file.clone()),
             self.inherited_metadata(),
             tensors,
         ))

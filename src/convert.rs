@@ -40,7 +40,7 @@ impl Values {
             self.apply_to(),
             self.layers().clone(),
             self.weights().to_vec(),
-            self.origin().to_owned(),
+            self.same_origin(),
             inherited,
             tensors.collect::<Result<_>>()?,
         ))

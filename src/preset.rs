@@ -6,7 +6,7 @@ use crate::{
     Adapter, ApplyTo, Kind, Result, Selection, Tensor, Untrained, Values,
     file::{self, File},
     metadata::{Common, Made, kind_of, read_apply_to, read_json, read_layers, write_ldm_names},
-    values::LayerValues,
+    values::{LayerValues, Origin},
 };
 
 /// Suffixes of a layer's tensors, after its diffusers path.
@@ -107,7 +107,13 @@ impl Values {
         // All of it, keys of a later version too: writing replaces those that are known.
         let inherited = file.metadata().clone();
         Ok(Self::new(
-            common, apply_to, layers, weights, origin, inherited, tensors,
+            common,
+            apply_to,
+            layers,
+            weights,
+            Origin::Known(origin),
+            inherited,
+            tensors,
         ))
     }
 }

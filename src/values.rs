@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use crate::{ApplyTo, Base, DType, Labels, Layers, Result, Tensor, metadata::Common};
+use crate::{ApplyTo, Base, DType, Labels, Layers, Result, Tensor, file::File, metadata::Common};
 
 /// V_a \[C, inner_dim\] of every cross-attention layer for one selection: all that a host needs.
 /// Cheap to clone, and usable from many threads at once.
@@ -16,8 +16,7 @@ struct Inner {
     layers: Layers,
     /// w_i of every label.
     weights: Vec<f32>,
-    /// SHA-256 of the adapter file, in hexadecimal.
-    origin: String,
+    origin: Origin,
     /// Metadata that is only handed on.
     inherited: BTreeMap<String, String>,
     tensors: Vec<LayerValues>,
@@ -30,13 +29,22 @@ pub(crate) struct LayerValues {
     pub uncond: Option<Arc<Tensor>>,
 }
 
+/// The adapter file that values were made from.
+#[derive(Debug, Clone)]
+pub(crate) enum Origin {
+    /// Its SHA-256, as a preset records it.
+    Known(String),
+    /// Itself. Most hosts never ask for the hash, which takes as long as the values do.
+    File(Arc<File>),
+}
+
 impl Values {
     pub(crate) fn new(
         common: Common,
         apply_to: ApplyTo,
         layers: Layers,
         weights: Vec<f32>,
-        origin: String,
+        origin: Origin,
         inherited: BTreeMap<String, String>,
         tensors: Vec<LayerValues>,
     ) -> Self {
@@ -100,7 +108,14 @@ impl Values {
 
     /// SHA-256 of the adapter file they were made from, in hexadecimal.
     pub fn origin(&self) -> &str {
-        &self.0.origin
+        match &self.0.origin {
+            Origin::Known(hash) => hash,
+            Origin::File(file) => file.sha256(),
+        }
+    }
+
+    pub(crate) fn same_origin(&self) -> Origin {
+        self.0.origin.clone()
     }
 
     /// V_a \[C, inner_dim\] of the layer with this diffusers or LDM name.

@@ -113,7 +113,7 @@ int main(int argc, char **argv) {
     const auto label = adapter.labels().front();
     CHECK(label.name == "vibrant color" && label.dimension == "color" && label.negative == "[V]");
     CHECK(label.positive == label.name && label.weight == 1 && !label.neutral);
-    CHECK(label.low == 0 && label.high == 1 && label.step == 0.05f);
+    CHECK(label.low == 0 && label.high == 2 && label.step == 0.05f);
     CHECK(adapter.label_index(label.name) == 0 && adapter.label_index("sharp focus") != 0);
     CHECK(adapter.label_display_name(0, "de") == "kräftige Farben");
     CHECK(!adapter.label_display_name(0, "xx"));
