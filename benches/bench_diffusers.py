@@ -151,7 +151,7 @@ def main() -> None:
     print(
         f"\nvanilla: {', '.join(vanilla)}; repeats: {arguments.layer_repeats} and "
         f"{arguments.unet_repeats}. "
-        "VMix keeps V_a of one selection, as it is and times λ; two branches keep W_Va."
+        "VMix keeps the rows and λ·V_a of one selection; two branches keep W_Va."
     )
 
 
