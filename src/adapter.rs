@@ -7,7 +7,7 @@ use crate::{
     Selection, Tensor, Values,
     coefficients::{Coefficients, Scaling},
     file::{self, File},
-    metadata::{Common, Made, one_of, read_apply_to, read_json, read_layers},
+    metadata::{Common, Made, one_of, read_apply_to, read_feature_width, read_json, read_layers},
     rows::Product,
     threads,
     values::{LayerValues, Origin},
@@ -76,16 +76,13 @@ impl Adapter {
         let rows = read_sides(&file, &common.labels, kind)?;
         let (tokens, count) = (common.context_tokens, rows.len());
         let layers = read_layers(&file, common.base, |layer| {
-            let name = format!("{layer}{ROWS}");
-            match *file.tensor(&name)?.shape {
-                [_, inner_dim] if inner_dim > 0 => Ok(inner_dim),
-                ref shape => {
-                    let found = format!("shape {shape:?}");
-                    Err(file.tensor_error(&name, format!("shape [{count}, inner_dim]"), found))
-                }
-            }
+            let expected = format!("shape [{count}, inner_dim]");
+            file.width(&format!("{layer}{ROWS}"), 1, &expected)
         })?;
-        let context_dim = read_context_dim(&file, common.base, common.labels.len())?;
+        let context_dim = match file.has_tensor(AES_EMB) {
+            true => Some(read_feature_width(&file, common.base, common.labels.len())?),
+            false => common.base.context_dim(),
+        };
         check_size(&file, tokens, count, context_dim.unwrap_or(0), &layers)?;
 
         let profile = file.f32_tensor(PROFILE, &[tokens, count])?;
@@ -225,10 +222,8 @@ impl Adapter {
 
     /// A \[C, R\] of a selection, in f32: V_a = A·B.
     pub fn coefficients(&self, selection: &Selection) -> Result<Tensor> {
-        let (weights, shape) = (
-            self.labels().weights(selection)?,
-            [self.context_tokens(), self.count()],
-        );
+        let weights = self.labels().weights(selection)?;
+        let shape = [self.context_tokens(), self.count()];
         let a = self.0.coefficients.of(&weights, self.labels())?;
         Ok(Tensor::rounded(shape, a, DType::F32))
     }
@@ -299,22 +294,23 @@ impl Adapter {
             ApplyTo::Contrast => Some(self.labels().weights(&self.labels().opposite(selection)?)?),
             ApplyTo::Cond | ApplyTo::Both => None,
         };
-        let product = |weights: &Vec<f32>| -> Result<(Product, Vec<f32>)> {
+        let product = |weights: &Vec<f32>| -> Result<Product> {
             let a = inner.coefficients.of(weights, self.labels())?;
-            Ok((Product::new(&a, self.count()), weights.clone()))
+            Ok(Product::new(&a, self.count()))
         };
         let cond = product(&weights)?;
         let uncond = opposite.as_ref().map(product).transpose()?;
         let tensors = threads::try_map(&inner.layers, |layer| -> Result<LayerValues> {
             let rows = self.rows(&layer.name)?;
-            let times = |(product, weights): &(Product, Vec<f32>)| {
+            let times = |product: &Product, weights: &Vec<f32>| {
                 let values = product.times(rows, dtype).map(Arc::new);
                 values
                     .map_err(|_| self.overflow(&format!("layer `{}`", layer.name), dtype, weights))
             };
+            let uncond = uncond.as_ref().zip(opposite.as_ref());
             Ok(LayerValues {
-                cond: times(&cond)?,
-                uncond: uncond.as_ref().map(times).transpose()?,
+                cond: times(&cond, &weights)?,
+                uncond: uncond.map(|(product, w)| times(product, w)).transpose()?,
             })
         })?;
         Ok(Values::new(
@@ -406,27 +402,6 @@ fn read_sides(file: &File, labels: &Labels, kind: CoefficientKind) -> Result<Vec
     Ok(rows)
 }
 
-/// d, as the base and AesEmb have it.
-fn read_context_dim(file: &File, base: Base, labels: usize) -> Result<Option<usize>> {
-    if !file.has_tensor(AES_EMB) {
-        return Ok(base.context_dim());
-    }
-    match *file.tensor(AES_EMB)?.shape {
-        [_, _, d] if d > 0 => {
-            let of_base = base.context_dim().unwrap_or(d);
-            if d != of_base {
-                let expected = format!("width {of_base}, as in every {base} U-Net");
-                return Err(file.tensor_error(AES_EMB, expected, d.to_string()));
-            }
-            Ok(Some(d))
-        }
-        ref shape => {
-            let found = format!("shape {shape:?}");
-            Err(file.tensor_error(AES_EMB, format!("shape [{labels}, 2, d]"), found))
-        }
-    }
-}
-
 fn read_eps(file: &File) -> Result<f64> {
     file.parse_meta("vmix.norm_eps", "a number above 0", |v| {
         v.parse()
@@ -436,14 +411,8 @@ fn read_eps(file: &File) -> Result<f64> {
 }
 
 fn read_factor(file: &File, rows: usize) -> Result<Vec<f32>> {
-    let shape = match file.tensor(GRAM_FACTOR)?.shape {
-        &[_, m] if m > 0 => [rows, m],
-        shape => {
-            let found = format!("shape {shape:?}");
-            return Err(file.tensor_error(GRAM_FACTOR, format!("shape [{rows}, m]"), found));
-        }
-    };
-    file.f32_tensor(GRAM_FACTOR, &shape)
+    let m = file.width(GRAM_FACTOR, 1, &format!("shape [{rows}, m]"))?;
+    file.f32_tensor(GRAM_FACTOR, &[rows, m])
 }
 
 fn check_attention(file: &File, tokens: usize) -> Result<()> {
@@ -462,7 +431,7 @@ fn check_attention(file: &File, tokens: usize) -> Result<()> {
 }
 
 /// Numbers that A, f_a and V_a of all layers may have together: 40 times those of SDXL.
-pub(crate) const MAX_RESULT: usize = 1 << 28;
+const MAX_RESULT: usize = 1 << 28;
 
 /// Refuses small files that ask for huge results, before anything is allocated.
 pub(crate) fn check_size(

@@ -54,7 +54,7 @@ enum Command {
 /// Make an init file, the start of a training, from a checkpoint and a list of labels
 ///
 /// The text encoders of the checkpoint turn every label's texts into AesEmb (paper, eq. 4). An init
-/// file changes no image: `python -m vmix.train` makes an adapter of it.
+/// file changes no image: `vmix train --labels` makes an adapter of it.
 ///
 /// Examples:
 ///

@@ -40,7 +40,7 @@ impl Values {
             self.apply_to(),
             self.layers().clone(),
             self.weights().to_vec(),
-            self.same_origin(),
+            self.shared_origin(),
             inherited,
             tensors.collect::<Result<_>>()?,
         ))

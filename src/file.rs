@@ -243,6 +243,15 @@ impl File {
         }
     }
 
+    /// The size of a matrix along `axis`, above 0; `expected` is its shape for messages.
+    pub fn width(&self, name: &str, axis: usize, expected: &str) -> Result<usize> {
+        let shape = self.tensor(name)?.shape;
+        if shape.len() == 2 && shape[axis] > 0 {
+            return Ok(shape[axis]);
+        }
+        Err(self.tensor_error(name, expected, format!("shape {shape:?}")))
+    }
+
     /// A tensor that must be F32, checked to be finite.
     pub fn f32_tensor(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>> {
         let dtype = self.tensor_of_shape(name, shape)?.dtype;

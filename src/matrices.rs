@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use crate::{
     Adapter, CoefficientKind, DType, Error, Kind, Labels, Layer, Layers, Result, Row, Tensor,
-    adapter::{AES_EMB, CONTEXT_ROWS, GRAM_FACTOR, MAX_RESULT, PROFILE, ROWS, check_size},
+    adapter::{AES_EMB, CONTEXT_ROWS, GRAM_FACTOR, PROFILE, ROWS, check_size},
     file::{self, File},
-    metadata::{Common, Made, read_layers},
+    metadata::{Common, FORMAT, Made, read_feature_width, read_layers},
     threads,
 };
 
@@ -37,7 +37,7 @@ impl Adapter {
         dtype: DType,
     ) -> Result<Self> {
         let mut metadata = metadata.clone();
-        metadata.insert("vmix.format".to_owned(), "2".to_owned());
+        metadata.insert("vmix.format".to_owned(), FORMAT.to_owned());
         metadata.insert("vmix.kind".to_owned(), Kind::Adapter.to_string());
         let layernorm = CoefficientKind::LayerNorm.to_string();
         metadata.insert("vmix.coefficients".to_owned(), layernorm);
@@ -64,29 +64,11 @@ impl Matrices {
         Made::check(&file)?;
         let layers = read_layers(&file, common.base, |layer| {
             let name = format!("{layer}{VALUE_WEIGHT}");
-            match *file.tensor(&name)?.shape {
-                [inner_dim, _] if inner_dim > 0 => Ok(inner_dim),
-                ref shape => {
-                    let found = format!("shape {shape:?}");
-                    Err(file.tensor_error(&name, "shape [inner_dim, d]", found))
-                }
-            }
+            file.width(&name, 0, "shape [inner_dim, d]")
         })?;
         let (labels, tokens) = (common.labels, common.context_tokens);
-        let &[_, _, d] = file.tensor(AES_EMB)?.shape else {
-            let found = format!("shape {:?}", file.tensor(AES_EMB)?.shape);
-            let expected = format!("shape [{}, 2, d]", labels.len());
-            return Err(file.tensor_error(AES_EMB, expected, found));
-        };
-        if d == 0 {
-            return Err(file.tensor_error(AES_EMB, "a width above 0", "0"));
-        }
+        let d = read_feature_width(&file, common.base, labels.len())?;
         check_size(&file, tokens, 2 * labels.len() + 1, d, &layers)?;
-        let entries = (2 * labels.len()).checked_pow(2);
-        if entries.is_none_or(|entries| entries > MAX_RESULT) {
-            let found = format!("{} labels", labels.len());
-            return Err(file.meta_error("vmix.labels", "fewer labels", found));
-        }
         if file.has_tensor(LINEAR_BIAS) {
             file.small_tensor(LINEAR_BIAS, &[tokens])?;
         }
@@ -214,8 +196,8 @@ impl Matrices {
 
 /// L \[K, m\] with L·Lᵀ = t̄·t̄ᵀ/d: every feature in an orthonormal basis of them all.
 ///
-/// Lengths come of L as they come of the features. Of the products t̄·t̄ᵀ themselves, rounded to f32, little
-/// is left where features cancel each other.
+/// Rounding L to f32 costs no more than rounding the features. The matrix t̄·t̄ᵀ/d in f32 would lose the
+/// small variances of features that cancel each other.
 fn gram_factor(features: &[f64], d: usize) -> Vec<f64> {
     let dot = |a: &[f64], b: &[f64]| -> f64 { a.iter().zip(b).map(|(x, y)| x * y).sum() };
     let scale = (d as f64).sqrt().recip();
@@ -226,7 +208,7 @@ fn gram_factor(features: &[f64], d: usize) -> Vec<f64> {
             let mut rest: Vec<f64> = feature.iter().map(|x| x * scale).collect();
             let whole = dot(&rest, &rest).sqrt();
             let mut row = vec![0.0; basis.len()];
-            // What the first time leaves by rounding, the second takes.
+            // The second time removes what rounding left over in the first.
             for _ in 0..2 {
                 for (entry, axis) in row.iter_mut().zip(&basis) {
                     let along = dot(&rest, axis);
@@ -235,7 +217,7 @@ fn gram_factor(features: &[f64], d: usize) -> Vec<f64> {
                 }
             }
             let length = dot(&rest, &rest).sqrt();
-            // Less is rounding: features in f32 differ by more.
+            // Anything shorter is rounding: features in f32 differ by more.
             if length > 1e-13 * whole {
                 rest.iter_mut().for_each(|x| *x /= length);
                 basis.push(rest);

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use serde_json::json;
 
 use crate::{
-    Adapter, CoefficientKind, DType, Error, Label, LabelKey, Labels, Result, Row, Tensor,
+    Adapter, CoefficientKind, DType, Error, Label, Labels, Result, Row, Tensor,
     adapter::{AES_EMB, ATTENTION, CONTEXT_ROWS, GRAM_FACTOR, PROFILE, ROWS},
     error::nearest,
     metadata::Made,
@@ -26,14 +26,14 @@ pub fn merge<'a>(adapters: &'a [Adapter], labels: Option<&[&'a str]>) -> Result<
     let Some((first, others)) = adapters.split_first() else {
         return Err(Error::argument("adapters", "at least one", "none"));
     };
-    for other in others {
-        check_fit(first, other)?;
+    for (i, other) in others.iter().enumerate() {
+        check_fit(first, other, i + 1)?;
     }
     let labels_of = |adapter: &'a Adapter| adapter.labels().iter().map(|label| &*label.name);
     let known: Vec<&str> = adapters.iter().flat_map(labels_of).collect();
-    let mut owners: HashMap<&str, usize> = HashMap::new();
+    let mut counts: HashMap<&str, usize> = HashMap::new();
     for &name in &known {
-        *owners.entry(name).or_default() += 1;
+        *counts.entry(name).or_default() += 1;
     }
     let names: Vec<&str> = match labels {
         Some(names) => names.to_vec(),
@@ -43,7 +43,7 @@ pub fn merge<'a>(adapters: &'a [Adapter], labels: Option<&[&'a str]>) -> Result<
         return Err(Error::argument("labels", "at least one label", "none"));
     }
     for name in &names {
-        match owners.get(name) {
+        match counts.get(name) {
             Some(1) => (),
             None => {
                 return Err(Error::UnknownLabel {
@@ -70,20 +70,23 @@ pub fn merge<'a>(adapters: &'a [Adapter], labels: Option<&[&'a str]>) -> Result<
     join(&parts, &names)
 }
 
-fn check_fit(first: &Adapter, other: &Adapter) -> Result<()> {
-    let refuse = |adapter: &Adapter, what: &str, expected: String, found: String| {
-        let name = adapter.file().name();
-        Err(Error::argument(
-            format!("{what} of {name}"),
-            expected,
-            found,
-        ))
+/// Refuses an adapter, the one of this index, that cannot be joined with the first.
+fn check_fit(first: &Adapter, other: &Adapter, index: usize) -> Result<()> {
+    let refuse = |index: usize, adapter: &Adapter, what: &str, expected: String, found: String| {
+        let argument = format!("adapters[{index}] ({}): {what}", adapter.file().name());
+        Err(Error::argument(argument, expected, found))
     };
-    for adapter in [first, other] {
-        if adapter.coefficient_kind() != CoefficientKind::Linear {
-            let found = format!("`{}`", adapter.coefficient_kind());
+    for (index, adapter) in [(0, first), (index, other)] {
+        let kind = adapter.coefficient_kind();
+        if kind != CoefficientKind::Linear {
             let expected = "`linear`, to join several".to_owned();
-            return refuse(adapter, "coefficients", expected, found);
+            return refuse(
+                index,
+                adapter,
+                "coefficients",
+                expected,
+                format!("`{kind}`"),
+            );
         }
     }
     let tokens = [first, other].map(|adapter| adapter.context_tokens().to_string());
@@ -103,13 +106,13 @@ fn check_fit(first: &Adapter, other: &Adapter) -> Result<()> {
         ),
     ] {
         if a != b {
-            let expected = format!("`{a}`, as of {}", first.file().name());
-            return refuse(other, what, expected, format!("`{b}`"));
+            let expected = format!("`{a}`, as in adapters[0]");
+            return refuse(index, other, what, expected, format!("`{b}`"));
         }
     }
     if **first.layers() != **other.layers() {
-        let expected = format!("those of {}", first.file().name());
-        return refuse(other, "layers", expected, "others".into());
+        let expected = "those of adapters[0]".to_owned();
+        return refuse(index, other, "layers", expected, "others".into());
     }
     Ok(())
 }
@@ -221,15 +224,16 @@ fn join(parts: &[Part<'_>], names: &[&str]) -> Result<Adapter> {
     }
     if first.coefficient_kind() == CoefficientKind::LayerNorm {
         let part = &parts[0];
-        let file = part.adapter.tensors()?;
-        let context = &file[CONTEXT_ROWS];
-        let context_rows =
-            Tensor::rounded([rows, context.shape()[1]], part.picked(context), DType::F32);
-        tensors.insert(CONTEXT_ROWS.to_owned(), context_rows);
-        tensors.insert(
-            GRAM_FACTOR.to_owned(),
-            gram_factor(part, &file[GRAM_FACTOR]),
+        let tensor = |name| Ok::<_, Error>(part.adapter.file().tensor(name)?.to_tensor());
+        let context = tensor(CONTEXT_ROWS)?;
+        let context_rows = Tensor::rounded(
+            [rows, context.shape()[1]],
+            part.picked(&context),
+            DType::F32,
         );
+        tensors.insert(CONTEXT_ROWS.to_owned(), context_rows);
+        let factor = gram_factor(part, &tensor(GRAM_FACTOR)?);
+        tensors.insert(GRAM_FACTOR.to_owned(), factor);
     }
     let pieces = |name| -> Result<Option<Vec<Tensor>>> {
         let piece = |part: &Part<'_>| {
@@ -276,13 +280,13 @@ fn gram_factor(part: &Part<'_>, of_all: &Tensor) -> Tensor {
     Tensor::rounded([rows.len() / m, m], rows, DType::F32)
 }
 
-/// Part and label of every name.
-fn owners<'a>(parts: &[Part<'a>], names: &[&str]) -> Vec<(usize, &'a Label)> {
+/// Part and position in it of every label.
+fn places(parts: &[Part<'_>], names: &[&str]) -> Vec<(usize, usize)> {
     let mut by_name = HashMap::new();
     for (i, part) in parts.iter().enumerate() {
         let known = part.adapter.labels();
         for &label in &part.labels {
-            by_name.insert(known[label].name.as_str(), (i, &known[label]));
+            by_name.insert(known[label].name.as_str(), (i, label));
         }
     }
     names.iter().map(|name| by_name[name]).collect()
@@ -293,11 +297,8 @@ fn aes_emb(parts: &[Part<'_>], pieces: &[Tensor], names: &[&str]) -> Tensor {
     let d = pieces[0].shape()[2];
     let pieces: Vec<Vec<f32>> = pieces.iter().map(Tensor::to_f32).collect();
     let mut features = Vec::with_capacity(names.len() * 2 * d);
-    for (part, label) in owners(parts, names) {
-        let key = LabelKey::Name(label.name.clone());
-        let index = parts[part].adapter.labels().index(&key);
-        let index = index.expect("a label of that part");
-        features.extend(&pieces[part][index * 2 * d..][..2 * d]);
+    for (part, label) in places(parts, names) {
+        features.extend(&pieces[part][label * 2 * d..][..2 * d]);
     }
     Tensor::rounded([names.len(), 2, d], features, DType::F32)
 }
@@ -309,8 +310,9 @@ fn metadata(parts: &[Part<'_>], names: &[&str]) -> Result<BTreeMap<String, Strin
     metadata.retain(|key, value| {
         key != "modelspec.hash_sha256" && all.iter().all(|other| other.get(key) == Some(value))
     });
-    let labels = owners(parts, names).into_iter();
-    let labels = Labels::new(labels.map(|(_, label)| label.clone()).collect())?;
+    let labels = places(parts, names).into_iter();
+    let labels = labels.map(|(part, label)| parts[part].adapter.labels()[label].clone());
+    let labels = Labels::new(labels.collect())?;
     metadata.insert("vmix.labels".to_owned(), labels.to_json());
     let sides = parts.iter().flat_map(|part| {
         let known = part.adapter.labels();

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{Base, Labels, Layer, Layers, Result, file::File, json};
+use crate::{Base, Labels, Layer, Layers, Result, adapter::AES_EMB, file::File, json};
 
 /// Defines an enum whose variants have a name in files.
 macro_rules! named {
@@ -86,7 +86,7 @@ pub(crate) struct Common {
     pub context_tokens: usize,
 }
 
-const FORMAT: &str = "2";
+pub(crate) const FORMAT: &str = "2";
 
 /// No text encoder of a U-Net has longer chunks; what a file says is not allocated beyond this.
 const MAX_CONTEXT_TOKENS: usize = 4096;
@@ -108,13 +108,11 @@ impl Common {
             )
         })?;
         let context_tokens = read_size(file, "vmix.context_tokens", MAX_CONTEXT_TOKENS)?;
-        expect_of_base(
-            file,
-            base,
-            "vmix.context_tokens",
-            base.context_tokens(),
-            context_tokens,
-        )?;
+        if let Some(expected) = base.context_tokens().filter(|n| *n != context_tokens) {
+            let expected = format!("`{expected}`, as in every {base} U-Net");
+            let found = format!("`{context_tokens}`");
+            return Err(file.meta_error("vmix.context_tokens", expected, found));
+        }
         Ok(Self {
             base,
             labels,
@@ -198,21 +196,20 @@ pub(crate) fn read_size(file: &File, key: &str, max: usize) -> Result<usize> {
     })
 }
 
-/// Refuses a size that is not the one of a known base.
-pub(crate) fn expect_of_base(
-    file: &File,
-    base: Base,
-    key: &str,
-    expected: Option<usize>,
-    found: usize,
-) -> Result<()> {
-    match expected {
-        Some(expected) if expected != found => Err(file.meta_error(
-            key,
-            format!("`{expected}`, as in every {base} U-Net"),
-            format!("`{found}`"),
-        )),
-        _ => Ok(()),
+/// d, as AesEmb \[N, 2, d\] has it, which a known base must have too.
+pub(crate) fn read_feature_width(file: &File, base: Base, labels: usize) -> Result<usize> {
+    match *file.tensor(AES_EMB)?.shape {
+        [_, _, d] if d > 0 => match base.context_dim() {
+            Some(expected) if expected != d => {
+                let expected = format!("width {expected}, as in every {base} U-Net");
+                Err(file.tensor_error(AES_EMB, expected, d.to_string()))
+            }
+            _ => Ok(d),
+        },
+        ref shape => {
+            let found = format!("shape {shape:?}");
+            Err(file.tensor_error(AES_EMB, format!("shape [{labels}, 2, d]"), found))
+        }
     }
 }
 

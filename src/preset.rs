@@ -64,13 +64,7 @@ impl Values {
         Made::check(file)?;
         let layers = read_layers(file, common.base, |layer| {
             let name = format!("{layer}{COND}");
-            match *file.tensor(&name)?.shape {
-                [_, inner_dim] if inner_dim > 0 => Ok(inner_dim),
-                ref shape => {
-                    let found = format!("shape {shape:?}");
-                    Err(file.tensor_error(&name, "shape [context tokens, inner_dim]", found))
-                }
-            }
+            file.width(&name, 1, "shape [context tokens, inner_dim]")
         })?;
         let weights = read_weights(file, &common)?;
         let origin = file.parse_meta("vmix.origin", "a SHA-256 in hexadecimal", |v| {

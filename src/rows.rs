@@ -71,7 +71,7 @@ impl Product {
             for token in 0..self.tokens {
                 let a = &self.coefficients[token * self.used.len()..][..self.used.len()];
                 let largest = add_up(a, &block, &mut sums);
-                // As whole numbers, sizes of floats are in their order, and NaN is above all.
+                // Bits of |x|, read as integers, are in the order of |x|, with NaN above infinity.
                 if largest >= T::CEILING.to_bits() {
                     return Err(Overflow);
                 }

@@ -6,7 +6,7 @@ use crate::{
     Base, Kind, Labels, Result, Tensor,
     adapter::AES_EMB,
     file::{self, File},
-    metadata::{Common, read_layers},
+    metadata::{Common, read_feature_width, read_layers},
 };
 
 /// Labels and AesEmb for a base, without rows. `vmix init` makes it and the trainer reads it. Cheap to
@@ -44,14 +44,7 @@ impl Untrained {
         let common = Common::read(&file, Kind::Init)?;
         read_layers(&file, common.base, |_| Ok(1))?; // the names; nothing here has a width
         let labels = common.labels.len();
-        let d = match (common.base.context_dim(), file.tensor(AES_EMB)?.shape) {
-            (Some(d), _) => d,
-            (None, &[_, _, d]) if d > 0 => d,
-            (None, shape) => {
-                let found = format!("shape {shape:?}");
-                return Err(file.tensor_error(AES_EMB, format!("shape [{labels}, 2, d]"), found));
-            }
-        };
+        let d = read_feature_width(&file, common.base, labels)?;
         let aes_emb = file.finite_tensor(AES_EMB, &[labels, 2, d], None)?;
         file.refuse_other_tensors(|name| name == AES_EMB)?;
         Ok(Self(Arc::new(Inner {

@@ -34,7 +34,7 @@ pub(crate) struct LayerValues {
 pub(crate) enum Origin {
     /// Its SHA-256, as a preset records it.
     Known(String),
-    /// Itself. Most hosts never ask for the hash, which takes as long as the values do.
+    /// The file itself. Hashing takes about as long as the values, and few hosts ask for it.
     File(Arc<File>),
 }
 
@@ -114,7 +114,7 @@ impl Values {
         }
     }
 
-    pub(crate) fn same_origin(&self) -> Origin {
+    pub(crate) fn shared_origin(&self) -> Origin {
         self.0.origin.clone()
     }
 

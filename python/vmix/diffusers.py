@@ -21,7 +21,7 @@ call. New weights or a new scale compute it anew, in a few milliseconds, and rec
 
 Everything hangs on the pipeline's U-Net and goes away with `unload_vmix`. Which half of a batch is
 conditional is known to the pipeline alone: the U-Net remembers the pipeline it was last given
-with, so call `load_vmix` or `set_vmix_scale` on a pipeline made by `from_pipe` before it runs.
+with, so call a function of this module on a pipeline made by `from_pipe` before it runs.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def load_vmix(
     unet._vmix = state
     unet.fuse_qkv_projections = state.refuse_fusing
     if isinstance(source, Adapter) and source.made["method"] != "trained" and _made_for(source):
-        # Fitted labels do elsewhere what they did there only more or less.
+        # On another checkpoint, fitted labels do roughly the same, and not exactly.
         _LOG.warning("VMix: this adapter was fitted on %s", _made_for(source))
 
 

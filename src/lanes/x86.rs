@@ -10,9 +10,9 @@ use crate::exp2::{LEAST, POWERS};
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Avx512;
 
-#[cfg(feature = "clip")]
 /// # Safety
 /// The processor must have AVX-512 F; the rest as [`products`].
+#[cfg(feature = "clip")]
 #[target_feature(enable = "avx512f")]
 pub(crate) unsafe fn products_avx512(
     panels: &Panels,

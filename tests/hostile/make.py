@@ -1245,9 +1245,11 @@ def inits() -> Iterator[Case]:
     expected = "metadata `vmix.context_tokens`: expected `77`, as in every sd15 U-Net, found `76`"
     yield bad("sd15-context-tokens", tokens, expected)
     narrow = sd15_init().put("aes_emb", zeros(N, 2, 767))
-    yield bad("sd15-context-dim", narrow, f"{features} shape [2, 2, 768], found shape [2, 2, 767]")
+    wide = f"{features} width 768, as in every sd15 U-Net, found 767"
+    yield bad("sd15-context-dim", narrow, wide)
     other = sd15_init().set("vmix.base", "sdxl")
-    yield bad("sdxl-context-dim", other, f"{features} shape [2, 2, 2048], found shape [2, 2, 768]")
+    wide = f"{features} width 2048, as in every sdxl U-Net, found 768"
+    yield bad("sdxl-context-dim", other, wide)
     cut = init().file()[:-1]
     yield "init-truncated", "init", cut, "not a safetensors file: incomplete metadata"
 

@@ -273,10 +273,16 @@ def test_a_known_base_has_its_own_widths() -> None:
     m |= {path + W_VA: torch.ones(width, 12) for path, width in layers.items()}
     with pytest.raises(vmix.VMixError, match=r"tensor `aes_emb`: expected width 768, .*found 12"):
         vmix.Adapter.from_matrices(m, metadata(1, "sd15"))
+    wide = {"aes_emb": (1, 2, 768), "projection.zero.weight": (768, 768)}
+    for name in ("projection.norm.weight", "projection.norm.bias", "projection.zero.bias"):
+        wide[name] = (768,)
+    wide |= {path + W_VA: (width, 768) for path, width in layers.items()}
+    m |= {name: torch.ones(shape) for name, shape in wide.items()}
+    vmix.Adapter.from_matrices(m, metadata(1, "sd15"))
     path = list(layers)[5]
-    m[path + W_VA] = torch.ones(layers[path] + 1, 12)
+    m[path + W_VA] = torch.ones(layers[path] + 1, 768)
     with pytest.raises(
-        vmix.VMixError, match=rf"`{path}{W_VA}`: expected shape \[1280, 12\], found"
+        vmix.VMixError, match=rf"`{path}{W_VA}`: expected shape \[1280, 768\], found"
     ):
         vmix.Adapter.from_matrices(m, metadata(1, "sd15"))
     del m[path + W_VA]
@@ -981,6 +987,7 @@ def test_merges_that_are_refused() -> None:
 
     ab, layernorm = vmix.Adapter.from_tensors(*linear()), labelled()
     ldm_names = {DOWN: "ldm.0", UP: "elsewhere"}
+    second = r"adapters\[1\] \(tensors\): "
     cases: list[tuple[list[vmix.Adapter], list[str] | None, str]] = [
         ([], None, "adapters: expected at least one, found none"),
         ([ab], [], "labels: expected at least one label, found none"),
@@ -989,37 +996,45 @@ def test_merges_that_are_refused() -> None:
         ([ab], ["a", "a"], "two labels named `a`"),
         ([ab, ab], None, "labels: expected labels of different names, found `a` in two adapters"),
         ([ab, ab], ["b"], "labels: expected labels of different names, found `b` in two adapters"),
-        ([ab, layernorm], None, "coefficients of .*: expected `linear`, .*`layernorm`"),
-        ([layernorm, ab], ["a"], "coefficients of .*: expected `linear`, .*`layernorm`"),
+        (
+            [ab, layernorm],
+            None,
+            r"adapters\[\d\] \(tensors\): coefficients: expected `linear`, .*`layernorm`",
+        ),
+        (
+            [layernorm, ab],
+            ["a"],
+            r"adapters\[\d\] \(tensors\): coefficients: expected `linear`, .*`layernorm`",
+        ),
         (
             [ab, other(base="sd15", context_tokens=77)],
             None,
-            "base of tensors: expected `other`, as of tensors, found `sd15`",
+            second + r"base: expected `other`, as in adapters\[0\], found `sd15`",
         ),
         (
             [ab, other(apply_to="both")],
             None,
-            "apply_to of tensors: expected `cond`, as of tensors, found `both`",
+            second + r"apply_to: expected `cond`, as in adapters\[0\], found `both`",
         ),
         (
             [ab, other(context_tokens=4)],
             None,
-            "context tokens of tensors: expected `3`, as of tensors, found `4`",
+            second + r"context tokens: expected `3`, as in adapters\[0\], found `4`",
         ),
         (
             [other({"aes_emb": torch.ones(1, 2, 8)}), other({"aes_emb": torch.ones(1, 2, 9)})],
             None,
-            "context width of tensors: expected `8`, as of tensors, found `9`",
+            second + r"context width: expected `8`, as in adapters\[0\], found `9`",
         ),
         (
             [ab, other({f"{UP}.rows": torch.ones(1, 5)})],
             None,
-            "layers of tensors: expected those of tensors, found others",
+            second + r"layers: expected those of adapters\[0\], found others",
         ),
         (
             [ab, other(ldm_names=ldm_names)],
             None,
-            "layers of tensors: expected those of tensors, found others",
+            second + r"layers: expected those of adapters\[0\], found others",
         ),
     ]
     for adapters, labels, message in cases:

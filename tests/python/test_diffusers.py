@@ -661,12 +661,12 @@ def test_compiled_in_another_dtype() -> None:
     pipe.to(torch.bfloat16)
     want = tiny.run(pipe)
     unload_vmix(pipe)
+    bare = tiny.run(pipe)
     pipe.to(torch.float32)
     load_vmix(pipe, adapter)
     pipe.to(torch.bfloat16)
     pipe.unet.compile(backend=backend, fullgraph=True)
-    # The weights go to bfloat16 and back before, which is where bfloat16 numbers stay.
-    assert difference(tiny.run(pipe), want) < 8e-2
+    assert difference(tiny.run(pipe), want) < 3e-2 < difference(bare, want)
     assert backend.frame_count > 0
 
 

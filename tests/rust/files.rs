@@ -374,7 +374,7 @@ fn wrong_matrices_are_refused_by_name() {
         ),
         (
             |p| p.put("aes_emb", tensor(&[3, 2, 0], 0)),
-            "tensor `aes_emb`: expected a width above 0, found 0",
+            "tensor `aes_emb`: expected shape [3, 2, d], found shape [3, 2, 0]",
         ),
     ];
     for (change, expected) in cases {
@@ -648,9 +648,8 @@ fn what_is_no_vmix_file_is_not_read() {
     file.write_all(&(header.len() as u64).to_le_bytes())
         .unwrap();
     file.write_all(header.as_bytes()).unwrap();
-    if file.set_len(8 + header.len() as u64 + size).is_err() {
-        return; // a file system without such files
-    }
+    file.set_len(8 + header.len() as u64 + size)
+        .expect("a file system with sparse files");
     for error in [
         vmix::open(&path).unwrap_err(),
         Adapter::open(&path).unwrap_err(),

@@ -352,7 +352,7 @@ fn merged_adapters_give_the_values_of_the_originals() {
         (
             vec![trained.clone(), trained.clone()],
             None,
-            "coefficients of tensors: expected `linear`, to join several, found `layernorm`",
+            "adapters[0] (tensors): coefficients: expected `linear`, to join several, found `layernorm`",
         ),
         (
             vec![whole.clone(), whole.clone()],

@@ -227,6 +227,21 @@ fn import_all(tensors: &Bound<'_, PyMapping>) -> PyResult<BTreeMap<String, vmix:
     Ok(imported)
 }
 
+/// Whether it is the diffusers or LDM name of a layer.
+pub fn is_layer(layers: &vmix::Layers, name: &Bound<'_, PyAny>) -> bool {
+    name.extract::<&str>()
+        .is_ok_and(|name| layers.contains(name))
+}
+
+/// The diffusers names of layers, as an iterator of Python's.
+pub fn layer_names<'py>(
+    layers: &vmix::Layers,
+    py: Python<'py>,
+) -> PyResult<Bound<'py, PyIterator>> {
+    let names = layers.iter().map(|layer| &layer.name);
+    PyList::new(py, names.collect::<Vec<_>>())?.try_iter()
+}
+
 /// B of every layer, as a mapping from layer name to tensor.
 #[pyclass(module = "vmix", frozen, mapping)]
 pub struct Rows(vmix::Adapter);
@@ -239,14 +254,11 @@ impl Rows {
     }
 
     fn __contains__(&self, layer: &Bound<'_, PyAny>) -> bool {
-        layer
-            .extract::<&str>()
-            .is_ok_and(|layer| self.0.layers().contains(layer))
+        is_layer(self.0.layers(), layer)
     }
 
     fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyIterator>> {
-        let names = self.0.layers().iter().map(|layer| &layer.name);
-        PyList::new(py, names.collect::<Vec<_>>())?.try_iter()
+        layer_names(self.0.layers(), py)
     }
 
     fn __len__(&self) -> usize {

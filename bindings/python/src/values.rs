@@ -5,11 +5,11 @@ use std::{path::PathBuf, sync::Arc};
 use pyo3::{
     exceptions::PyKeyError,
     prelude::*,
-    types::{PyDict, PyIterator, PyList},
+    types::{PyDict, PyIterator},
 };
 
 use crate::{
-    adapter::{Label, Layer, labels, layers},
+    adapter::{Label, Layer, is_layer, labels, layer_names, layers},
     selection,
     tensor::Tensor,
     to_py,
@@ -98,14 +98,11 @@ impl Values {
     }
 
     fn __contains__(&self, layer: &Bound<'_, PyAny>) -> bool {
-        layer
-            .extract::<&str>()
-            .is_ok_and(|layer| self.0.layers().contains(layer))
+        is_layer(self.0.layers(), layer)
     }
 
     fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyIterator>> {
-        let names = self.0.layers().iter().map(|layer| &layer.name);
-        PyList::new(py, names.collect::<Vec<_>>())?.try_iter()
+        layer_names(self.0.layers(), py)
     }
 
     fn __len__(&self) -> usize {
