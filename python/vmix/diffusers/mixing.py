@@ -1,10 +1,4 @@
-"""VMix in a diffusers pipeline.
-
-    load_vmix(pipe, "adapter.safetensors", "vibrant color")   # loads
-    set_vmix(pipe, {"vibrant color": 1.3})                    # other label weights
-    set_vmix_scale(pipe, 0.8)                                 # λ
-    get_vmix(pipe), list_vmix(pipe)
-    unload_vmix(pipe)
+"""Adds V_a to the values of a pipeline's cross-attention layers.
 
 Both branches of the paper share one attention map (eq. 8 and 9), so that
 

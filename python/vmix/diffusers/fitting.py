@@ -1,0 +1,349 @@
+"""Fits labels on a pipeline, by drawing a few pictures with it (vmix.fit)."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from vmix import Adapter, VMixError, ldm_name, unet_layers
+from vmix.diffusers.mixing import _check_fusing, _cross_attentions, _linear, _unet
+from vmix.fit import (
+    Collector,
+    FitError,
+    Fitted,
+    Picture,
+    Plan,
+    Sums,
+    check_rank,
+    fitted_adapter,
+    read_labels,
+    read_prompts,
+    sums_size,
+)
+from vmix.fit.labels import Labels
+from vmix.fit.prompts import Prompts, bare
+from vmix.fit.result import hash_of_texts
+from vmix.fit.solve import Rank
+
+__all__ = ["fit_vmix"]
+
+_LOG = logging.getLogger(__name__)
+_PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+_ARCHITECTURES = {"sd15": "stable-diffusion-v1/vmix", "sdxl": "stable-diffusion-xl-v1-base/vmix"}
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_TEXTS = 16
+"""Encoded at once."""
+
+
+def fit_vmix(
+    pipe: Any,
+    labels: Labels,
+    prompts: Prompts = None,
+    steps: int = 8,
+    guidance_scale: float | None = None,
+    rank: int | Literal["bias"] = 4,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 0,
+    batch_size: int = 1,
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16",
+    sums: str | os.PathLike[str] | None = None,
+    made: Mapping[str, Any] | None = None,
+) -> Adapter:
+    """An adapter for this pipeline's model, from words alone.
+
+        adapter = fit_vmix(pipe, {"light": ("bright", "dark"), "calm": "calm mood"})
+        load_vmix(pipe, adapter, {"light": 0.8})
+        adapter.save("mine.safetensors")
+
+    Draws `prompts` and finds the values that change the attention's output as the words do when
+    they are in the prompt. Forward passes only; no more memory than drawing needs, but for the sums
+    (docs/fitting.md). The pipeline is used as it is, with its LoRAs, scheduler, quantised weights
+    and offloading; adapters loaded with `load_vmix` are off for the duration.
+
+    Args:
+        pipe: a StableDiffusionPipeline or a StableDiffusionXLPipeline.
+        labels: name -> (positive words, negative words), or words alone for a label of one side; a
+            list of phrasings in place of words is averaged. Or a TOML file (docs/fitting.md), or
+            "default" or "anime", which come with the package.
+        prompts: a list, or a text file with one on each line; some forty of all kinds if None.
+            `{words}` in a prompt is where words go; else they are appended.
+        steps: of sampling, for each prompt.
+        guidance_scale: of sampling; the pipeline's own default if None. For models that are drawn
+            without guidance, give what you draw with.
+        rank: value rows for each side of a label; "bias" is one row that is equal for all tokens.
+        height, width: in pixels; the model's own if None.
+        batch_size: prompts that are drawn at once.
+        dtype: of the rows in the file.
+        sums: a file that keeps what was collected, now and then: the same call goes on from there.
+            It is removed at the end.
+        made: further entries of `adapter.made`, such as the base's name.
+
+    `adapter.labels[i].effect` has numbers for each label and `adapter.made["warnings"]` what looks
+    wrong; the log says both.
+    """
+    try:
+        fit = _Fit(pipe, labels, prompts, steps, guidance_scale, rank, height, width, seed)
+        fit.collect(batch_size, None if sums is None else Path(sums))
+        fitted = fit.solve(dtype, made or {})
+    except FitError as error:
+        raise VMixError(str(error)) from error
+    adapter = Adapter.from_tensors(dict(fitted.tensors), dict(fitted.metadata))
+    for warning in fitted.warnings:
+        _LOG.warning("VMix: %s", warning)
+    if sums is not None:
+        Path(sums).unlink(missing_ok=True)
+    return adapter
+
+
+class _Fit:
+    """One call of `fit_vmix`."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        labels: Labels,
+        prompts: Prompts,
+        steps: int,
+        guidance_scale: float | None,
+        rank: Rank,
+        height: int | None,
+        width: int | None,
+        seed: int,
+    ) -> None:
+        self.pipe, self.unet = pipe, _unet(pipe)
+        kinds = [kind.__name__ for kind in type(pipe).__mro__]
+        self.xl = _PIPELINES[1] in kinds
+        if not self.xl and _PIPELINES[0] not in kinds:
+            raise VMixError(
+                f"pipe: expected a {' or a '.join(_PIPELINES)}, found a {type(pipe).__name__}: "
+                f"make one of its parts with {_PIPELINES[0]}.from_pipe(pipe)"
+            )
+        if getattr(self.unet, "encoder_hid_proj", None) is not None:
+            raise VMixError(
+                "pipe: expected one without an IP-Adapter, found one: call "
+                "pipe.unload_ip_adapter() before fit_vmix"
+            )
+        self.attns = _cross_attentions(self.unet)
+        if not self.attns:
+            raise VMixError("pipe: expected a U-Net with cross-attention (attn2), found none")
+        _check_fusing(self.unet, self.attns)
+        if not isinstance(steps, int) or steps < 1:
+            raise VMixError(f"steps: expected a whole number from 1, found {steps!r}")
+        self.tokens = int(pipe.tokenizer.model_max_length)
+        check_rank(rank, self.tokens)
+        self.steps, self.rank, self.seed = steps, rank, seed
+        self.guidance, self.size = guidance_scale, (height, width)
+        self.plan = Plan(read_labels(labels), read_prompts(prompts), self._count, self.tokens)
+        for prompt in self.plan.too_long:
+            _LOG.info("VMix: left out, too long for the text encoder: %s", prompt)
+        self.sums = Sums(
+            {
+                "layers": {path: self._shape(attn) for path, attn in self.attns.items()},
+                "sides": [[s.label, s.side, *s.phrasings] for s in self.plan.sides],
+                "prompts": hash_of_texts(self.plan.prompts),
+                "steps": steps,
+                "guidance_scale": guidance_scale,
+                "size": [height, width],
+                "seed": seed,
+                "scheduler": type(pipe.scheduler).__name__,
+            }
+        )
+
+    @staticmethod
+    def _shape(attn: Any) -> tuple[int, int]:
+        """Heads, and the width of one."""
+        return int(attn.heads), int(_linear(attn).out_features) // int(attn.heads)
+
+    def _count(self, text: str) -> int:
+        """Tokens between start and end."""
+        counts = []
+        for name in ("tokenizer", "tokenizer_2"):
+            if (tokenizer := getattr(self.pipe, name, None)) is not None:
+                converted = self.pipe.maybe_convert_prompt(text, tokenizer)
+                counts.append(len(tokenizer(converted, verbose=False).input_ids) - 2)
+        return max(counts)
+
+    @torch.no_grad()
+    def collect(self, batch_size: int, file: Path | None) -> None:
+        """Draws all prompts that are not yet in the sums."""
+        device = self._sums_device()
+        if file is not None and file.exists():
+            self.sums.load(file, device or self.pipe._execution_device)
+        todo = [i for i in range(len(self.plan.prompts)) if i not in self.sums.done]
+        todo = [i for i in todo if self.plan.words(i)]
+        collector = Collector(self.attns, self.plan, self.sums, device)
+        bar = tqdm(total=len(todo) * self.steps, desc="fitting", unit="step")
+        with bar, _paused(self.unet), _quiet(self.pipe), collector.riding():
+            contexts = self._encode([text for i in todo for _, text in self.plan.words(i)])
+            drawn = self._encode_drawn([bare(self.plan.prompts[i]) for i in todo])
+            counts = [len(self.plan.words(i)) for i in todo]
+            told = torch.split(contexts, counts)
+            for first in range(0, len(todo), batch_size):
+                batch = range(first, min(first + batch_size, len(todo)))
+                # The conditional part of a batch is its end.
+                collector.start(
+                    [Picture(k - batch.stop, todo[k], told[k]) for k in batch]
+                )
+                self._draw(
+                    [todo[k] for k in batch],
+                    {key: x[batch.start : batch.stop] for key, x in drawn.items()},
+                    lambda n=len(batch): bar.update(n),
+                )
+                collector.finish()
+                if file is not None:
+                    self.sums.save(file)
+
+    def _sums_device(self) -> torch.device | None:
+        """The CPU where sums would take more than half of the memory that is free on the GPU."""
+        device = torch.device(self.pipe._execution_device)
+        if device.type != "cuda":
+            return None
+        shapes = {path: self._shape(attn) for path, attn in self.attns.items()}
+        free, _ = torch.cuda.mem_get_info(device)
+        needed = sums_size(self.plan, shapes, self.tokens)
+        return torch.device("cpu") if needed > free // 2 else None
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        """Contexts [B, C, d], on the CPU."""
+        parts = [
+            self.pipe.encode_prompt(
+                [*texts[first : first + _TEXTS]],
+                device=self.pipe._execution_device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+            )[0].cpu()
+            for first in range(0, len(texts), _TEXTS)
+        ]
+        return torch.cat(parts)
+
+    def _encode_drawn(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What the pipeline is called with for bare prompts, on the CPU."""
+        names = ["prompt_embeds", "negative_prompt_embeds"]
+        names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"] if self.xl else []
+        parts: dict[str, list[Tensor]] = {name: [] for name in names}
+        for first in range(0, len(texts), _TEXTS):
+            encoded = self.pipe.encode_prompt(
+                [*texts[first : first + _TEXTS]],
+                device=self.pipe._execution_device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=True,
+            )
+            for name, tensor in zip(names, encoded, strict=True):
+                parts[name].append(tensor.cpu())
+        return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+    def _draw(
+        self, prompts: Sequence[int], embeds: Mapping[str, Tensor], step: Callable[[], Any]
+    ) -> None:
+        def told(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            step()
+            return {}
+
+        guidance = {} if self.guidance is None else {"guidance_scale": self.guidance}
+        device = self.pipe._execution_device
+        self.pipe(
+            **{name: tensor.to(device) for name, tensor in embeds.items()},
+            num_inference_steps=self.steps,
+            height=self.size[0],
+            width=self.size[1],
+            generator=[torch.Generator("cpu").manual_seed(self.seed + i) for i in prompts],
+            output_type="latent",
+            callback_on_step_end=told,
+            **guidance,
+        )
+
+    @torch.no_grad()
+    def solve(self, dtype: str, made: Mapping[str, Any]) -> Fitted:
+        if dtype not in _DTYPES:
+            raise VMixError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
+        base, ldm_names = self._layout()
+        name = getattr(self.pipe.config, "_name_or_path", "") or ""
+        guidance = self.pipe._guidance_scale
+        return fitted_adapter(
+            self.plan,
+            self.sums,
+            base=base,
+            ldm_names=ldm_names,
+            rank=self.rank,
+            dtype=_DTYPES[dtype],
+            aes_emb=self._aes_emb(),
+            made={
+                **({"base": Path(name).name} if name else {}),
+                "steps": self.steps,
+                "guidance": guidance,
+                "seed": self.seed,
+                "scheduler": type(self.pipe.scheduler).__name__,
+                **made,
+            },
+            modelspec={
+                "sai_model_spec": "1.0.0",
+                "architecture": _ARCHITECTURES.get(base, "unet/vmix"),
+                "implementation": "diffusers",
+                "title": ", ".join(label.name for label in self.plan.labels),
+            },
+        )
+
+    def _layout(self) -> tuple[str, dict[str, str]]:
+        """The base's name in files, and the LDM path of every layer."""
+        ours = {path: _linear(attn).out_features for path, attn in self.attns.items()}
+        width = _linear(next(iter(self.attns.values()))).in_features
+        bases: tuple[Literal["sd15", "sdxl"], ...] = ("sd15", "sdxl")
+        for base, context in zip(bases, (768, 2048), strict=True):
+            known = {layer.name: layer for layer in unet_layers(base)}
+            same = ours == {name: layer.inner_dim for name, layer in known.items()}
+            if same and (width, self.tokens) == (context, 77):
+                return base, {name: str(layer.ldm_name) for name, layer in known.items()}
+        blocks = self.unet.config.layers_per_block
+        count = blocks if isinstance(blocks, int) else blocks[0]
+        return "other", {path: ldm_name(path, count) or f"{path}.ldm" for path in ours}
+
+    def _aes_emb(self) -> Tensor:
+        """[N, 2, d]: the feature at the end of text of each side's words; the mean of phrasings."""
+        sides = [
+            words for label in self.plan.labels for words in (label.positive, label.negative or ("",))
+        ]
+        contexts = self._encode([text for words in sides for text in words])
+        features = [
+            context[self._count(text) + 1]
+            for context, text in zip(contexts, (t for words in sides for t in words), strict=True)
+        ]
+        means = [part.float().mean(0) for part in torch.stack(features).split([*map(len, sides)])]
+        return torch.stack(means).unflatten(0, (-1, 2))
+
+
+@contextmanager
+def _paused(unet: nn.Module) -> Iterator[None]:
+    """Adapters that are loaded add nothing."""
+    state = getattr(unet, "_vmix", None)
+    layers = [] if state is None else [*state.layers.values()]
+    for layer in layers:
+        layer.remove()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.install()
+
+
+@contextmanager
+def _quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar, of which there would be one for each prompt."""
+    before = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before

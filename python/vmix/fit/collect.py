@@ -1,0 +1,235 @@
+"""Rides on the cross-attention layers of a host while it draws, and adds up what words would change.
+
+A layer computes as it always does, with its own kernels. Beside it, from what its projections
+returned, the attention map of the bare prompt is computed in f32, and the output that each side's
+words would give for the same queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vmix.fit.errors import FitError
+from vmix.fit.prompts import Plan
+from vmix.fit.sums import CHECK, FIT, LayerSums, Sums, length_class
+
+__all__ = ["Collector", "Picture"]
+
+BLOCK = 2**24
+"""Numbers of the largest tensor that is made at once: 64 MB."""
+TOLERANCE = 0.05
+"""How far a·V_c may be from what the layer computes: rounding of bf16 is a tenth of it."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a batch that is being drawn."""
+
+    row: int
+    """Of the batch that the U-Net is given; negative from its end."""
+    prompt: int
+    """Its position in the plan."""
+    contexts: Tensor
+    """[K, C, d]: what the text encoder makes of the prompt with words, as `Plan.words` lists them."""
+
+
+class Collector:
+    """Adds to sums what the layers do between `start` and `finish`.
+
+        collector = Collector(layers, plan, sums)
+        with collector.riding():
+            collector.start(pictures)
+            …                               # the host draws them
+            collector.finish()
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Any],
+        plan: Plan,
+        sums: Sums,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """`layers`: modules with `to_q`, `to_k`, `to_v`, `to_out` and `heads`, by diffusers path.
+        `device` is where sums are kept, else that of each layer."""
+        self.layers, self.plan, self.sums, self.device = layers, plan, sums, device
+        self.pictures: Sequence[Picture] = ()
+        self.caught: dict[str, dict[str, Tensor]] = {}
+        self.own = False  # whether it is us who calls a projection
+
+    @contextmanager
+    def riding(self) -> Iterator[None]:
+        """Hooks on the layers, for as long as it lasts. Compiled layers run uncompiled."""
+        hooks = []
+        try:
+            for path, layer in self.layers.items():
+                for name in ("to_q", "to_k", "to_v"):
+                    module: nn.Module = getattr(layer, name)
+                    hooks.append(module.register_forward_hook(self._catching(path, name)))
+                out: nn.Module = layer.to_out[0]
+                hooks.append(out.register_forward_pre_hook(self._adding(path)))
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.caught.clear()
+
+    def start(self, pictures: Sequence[Picture]) -> None:
+        self.pictures = pictures
+
+    def finish(self) -> None:
+        """Checks what was added, and counts the prompts as done."""
+        prompts = [picture.prompt for picture in self.pictures]
+        self.pictures = ()
+        missing = [path for path in self.layers if path not in self.sums.layers]
+        if missing:
+            raise FitError(
+                f"layer {missing[0]}: expected that drawing runs its to_q, to_k, to_v and to_out; "
+                "it ran none. Are its projections fused?"
+            )
+        for path, layer in self.sums.layers.items():
+            wrong, whole = layer.mismatch.tolist()
+            if not wrong <= TOLERANCE**2 * whole:  # NaN too
+                error = (wrong / whole) ** 0.5 if whole else 0.0
+                raise FitError(
+                    f"layer {path}: expected softmax(Q·Kᵀ/√d)·V of its own projections, found "
+                    f"another output (relative difference {error:.2g}). An IP-Adapter, another "
+                    "attention processor, or values that float16 cannot hold?"
+                )
+        self.sums.done.update(prompts)
+
+    def _catching(self, path: str, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.pictures and not self.own:
+                caught = self.caught.setdefault(path, {})
+                caught[name] = output.detach()
+                if name == "to_k":
+                    caught["context"] = args[0]
+
+        return hook
+
+    def _adding(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            caught = self.caught.pop(path, None)
+            if self.pictures and caught is not None and not self.own:
+                self.own = True
+                try:
+                    with torch.no_grad(), _exact(args[0].device):
+                        self._add(path, caught, args[0])
+                finally:
+                    self.own = False
+
+        return hook
+
+    def _add(self, path: str, caught: Mapping[str, Tensor], output: Tensor) -> None:
+        layer = self.layers[path]
+        heads = int(layer.heads)
+        context = caught["context"]
+        contexts = torch.cat([picture.contexts for picture in self.pictures])
+        if context.shape[1:] != contexts.shape[1:]:
+            raise FitError(
+                f"layer {path}: expected a context of {[*contexts.shape[1:]]}, tokens and width, "
+                f"found {[*context.shape[1:]]}"
+            )
+        contexts = contexts.to(context)
+        keys, values = layer.to_k(contexts), layer.to_v(contexts)
+        counts = [len(picture.contexts) for picture in self.pictures]
+        split = zip(self.pictures, keys.split(counts), values.split(counts), strict=True)
+        for picture, key, value in split:
+            row = picture.row
+            self._add_picture(
+                path,
+                picture.prompt,
+                *(_heads(caught[name][row], heads) for name in ("to_q", "to_k", "to_v")),
+                _heads(output[row], heads),
+                _heads(key, heads),
+                _heads(value, heads),
+            )
+
+    def _add_picture(
+        self, path: str, prompt: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
+        word_keys: Tensor, word_values: Tensor,
+    ) -> None:  # fmt: skip
+        """query, key, value, output [H, n, E]; word_keys, word_values [K, H, C, E]"""
+        heads, queries, width = query.shape
+        tokens = key.shape[1]
+        plan = self.plan
+        sides = [side for side, _ in plan.words(prompt)]
+        present = sorted(set(sides))
+        position = torch.tensor([present.index(side) for side in sides], device=query.device)
+        share = position.bincount().float().reciprocal()[position]  # of a phrasing in its side
+        key_t, word_keys_t = key.mT * width**-0.5, word_keys.mT * width**-0.5
+
+        columns = tokens + len(present) * width
+        product = query.new_zeros(heads, tokens, columns)
+        change = query.new_zeros(len(present))
+        energy, wrong = query.new_zeros(()), query.new_zeros(())
+        largest = len(sides) * heads * (tokens + 2 * width) + heads * columns
+        step = max(1, BLOCK // largest)
+        for first in range(0, queries, step):
+            q, out = query[:, first : first + step], output[:, first : first + step]
+            a = (q @ key_t).softmax(-1)
+            own = a @ value
+            told = (q @ word_keys_t).softmax(-1) @ word_values  # [K, H, n, E]
+            deltas = own.new_zeros(len(present), *own.shape)
+            deltas.index_add_(0, position, told * share[:, None, None, None])
+            deltas -= own
+            flat = deltas.permute(1, 2, 0, 3).flatten(2)  # [H, n, sides of E]
+            product += a.mT @ torch.cat([a, flat], -1)
+            change += deltas.square().sum((1, 2, 3))
+            energy += out.square().sum()
+            wrong += (own - out).square().sum()
+
+        sums = self._sums(path, heads, tokens, width, query.device)
+        part = CHECK if plan.checks(prompt) else FIT
+        to = sums.moment.device
+        product, change, energy, wrong = (x.to(to) for x in (product, change, energy, wrong))
+        moment = product[..., :tokens]
+        cross = product[..., tokens:].unflatten(-1, (len(present), width)).permute(2, 0, 1, 3)
+        for group, prompts in enumerate(plan.groups):
+            if prompt in prompts:
+                sums.moment[part, group] += moment
+                sums.output[part, group] += energy
+                sums.queries[part, group] += queries
+        chosen = torch.tensor(present, device=to)
+        sums.cross[part].index_add_(0, chosen, cross)
+        sums.change[part].index_add_(0, chosen, change)
+        length = length_class(plan.lengths[prompt])
+        sums.lengths[length] += moment.sum(0)
+        sums.length_output[length] += energy
+        sums.mismatch += torch.stack([wrong, energy])
+
+    def _sums(self, path: str, heads: int, tokens: int, width: int, device: Any) -> LayerSums:
+        if path not in self.sums.layers:
+            sides, groups = len(self.plan.sides), len(self.plan.groups)
+            self.sums.layers[path] = LayerSums(
+                sides, groups, heads, tokens, width, self.device or device
+            )
+        return self.sums.layers[path]
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """[…, n, H·E] as [..., H, n, E] in f32."""
+    return x.float().unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+@contextmanager
+def _exact(device: torch.device) -> Iterator[None]:
+    """Products in f32, where the host has autocast or TF32 on."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32 if device.type == "cuda" else None
+    try:
+        if before:
+            matmul.allow_tf32 = False
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if before:
+            matmul.allow_tf32 = True

@@ -1,0 +1,160 @@
+"""The labels that a fit is given: words for both sides of each."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from vmix.fit.errors import FitError
+
+__all__ = ["LABEL_SETS", "FitLabel", "Labels", "Words", "read_labels"]
+
+Words: TypeAlias = str | Sequence[str]
+"""Words of one side, or several phrasings of them, whose effects are averaged."""
+Labels: TypeAlias = "str | os.PathLike[str] | Mapping[str, Any] | Sequence[FitLabel]"
+
+LABEL_SETS: Mapping[str, Path] = {
+    "default": Path(__file__).with_name("fit_labels.toml"),
+    "anime": Path(__file__).with_name("fit_labels_anime.toml"),
+}
+"""What comes with the package."""
+
+# Those that `vmix init` gives to labels without a negative: rare tokens, which say nothing.
+RARE = frozenset(
+    (
+        "sks nmwx nlwx kprs bdg scd hns kts pgs bsf bgs tls pkk spp brs cbp hcs ttm smx csn slv "
+        "tmw cws lhp ntv bsp bln fbs mgt rcn"
+    ).split()
+)
+_KEYS = ("name", "dimension", "positive", "negative", "range", "step", "display_names")
+
+
+@dataclass(frozen=True)
+class FitLabel:
+    """Words that mean having a label, and words that mean the opposite, or none."""
+
+    name: str
+    positive: tuple[str, ...]
+    negative: tuple[str, ...] = ()
+    dimension: str = ""
+    range: tuple[float, float] | None = None
+    step: float | None = None
+    display_names: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.name.strip() or self.name in ("all", "none"):
+            raise FitError(f"label {self.name!r}: expected a name; `all` and `none` are reserved")
+        if not self.positive:
+            raise FitError(f"label {self.name!r}: expected words for its positive side, found none")
+        for words in (*self.positive, *self.negative):
+            self._check(words)
+
+    def _check(self, words: str) -> None:
+        if not words.strip():
+            raise FitError(
+                f"label {self.name!r}: empty words change nothing. Leave `negative` out for a "
+                "label that has one side"
+            )
+        if re.fullmatch(r"\[[^\]]*\]", words.strip()) or words.strip() in RARE:
+            raise FitError(
+                f"label {self.name!r}: {words!r} is a rare identifier, which means nothing to the "
+                "base before training. A fit needs words such as 'dark' or 'muted colors', or no "
+                "negative at all"
+            )
+
+    @property
+    def sides(self) -> dict[str, tuple[str, ...]]:
+        sides = {"positive": self.positive, "negative": self.negative}
+        return {side: words for side, words in sides.items() if words}
+
+
+def read_labels(labels: Labels) -> tuple[FitLabel, ...]:
+    """Labels of a TOML file, of a set that comes with the package (`default`, `anime`), or of a
+    mapping: name -> words, or name -> (positive words, negative words)."""
+    if isinstance(labels, str) and labels in LABEL_SETS:
+        labels = LABEL_SETS[labels]
+    if isinstance(labels, (str, os.PathLike)):
+        found = _of_file(Path(labels))
+    elif isinstance(labels, Mapping):
+        found = tuple(_of_entry(name, entry) for name, entry in labels.items())
+    elif isinstance(labels, Sequence) and all(isinstance(one, FitLabel) for one in labels):
+        found = tuple(labels)
+    else:
+        raise FitError(
+            "labels: expected a file, or a mapping such as {'light': ('bright', 'dark')}, found "
+            f"{type(labels).__name__}"
+        )
+    if not found:
+        raise FitError("labels: expected at least one, found none")
+    seen: set[str] = set()
+    for label in found:
+        if label.name.casefold() in seen:
+            raise FitError(f"label {label.name!r}: expected a name of its own, found it twice")
+        seen.add(label.name.casefold())
+    return found
+
+
+def _of_file(path: Path) -> tuple[FitLabel, ...]:
+    try:
+        import tomllib
+    except ModuleNotFoundError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef, import-not-found]
+    try:
+        entries = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise FitError(f"{path}: not a TOML file: {error}") from None
+    except OSError as error:
+        raise FitError(f"{path}: {error.strerror}") from None
+    tables = entries.get("label")
+    if [*entries] != ["label"] or not isinstance(tables, list):
+        raise FitError(f"{path}: expected [[label]] tables alone, found {', '.join(entries)}")
+    return tuple(_of_table(path, table) for table in tables)
+
+
+def _of_table(path: Path, table: Any) -> FitLabel:
+    name = table.get("name") if isinstance(table, dict) else None
+    if not isinstance(name, str):
+        raise FitError(f"{path}: a label without a name")
+    if unknown := [key for key in table if key not in _KEYS]:
+        raise FitError(
+            f"{path}: label {name!r}: expected the keys {', '.join(_KEYS)}; found {unknown[0]!r}"
+        )
+    limits, step = table.get("range"), table.get("step")
+    for value in (*(limits or ()), *(() if step is None else (step,))):
+        if type(value) not in (int, float):
+            raise FitError(f"{path}: label {name!r}: expected numbers, found {value!r}")
+    if limits is not None and len(limits) != 2:
+        raise FitError(f"{path}: label {name!r}: expected range = [low, high], found {limits}")
+    return FitLabel(
+        name,
+        _words(name, table.get("positive", name)),
+        _words(name, table.get("negative", ())),
+        str(table.get("dimension", "")),
+        None if limits is None else (float(limits[0]), float(limits[1])),
+        step,
+        dict(table.get("display_names", {})),
+    )
+
+
+def _of_entry(name: Any, entry: Any) -> FitLabel:
+    if isinstance(entry, str):
+        entry = (entry, ())
+    if not isinstance(name, str) or not isinstance(entry, Sequence) or len(entry) != 2:
+        raise FitError(
+            f"label {name!r}: expected words, or (positive words, negative words), found {entry!r}"
+        )
+    return FitLabel(name, _words(name, entry[0]), _words(name, entry[1]))
+
+
+def _words(name: str, words: Any) -> tuple[str, ...]:
+    if words is None:
+        return ()
+    if isinstance(words, str):
+        return (words,)
+    if not isinstance(words, Iterable) or not all(isinstance(one, str) for one in words):
+        raise FitError(f"label {name!r}: expected words or a list of phrasings, found {words!r}")
+    return tuple(words)
