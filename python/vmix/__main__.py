@@ -9,6 +9,7 @@ from importlib import import_module
 from vmix._native import run_command
 
 COMMANDS = {
+    "fit": "Make an adapter for a checkpoint from words, in a minute or two",
     "train": "Train an adapter, from images or from the base's own pictures",
     "label": "Score images and propose labels for training",
     "eval": "Compare adapters, strengths and baselines on prompts",
@@ -25,7 +26,7 @@ def main() -> None:
         except ModuleNotFoundError as error:
             if error.name and error.name.startswith("vmix"):
                 raise
-            extra = "eval" if name == "eval" else "train"
+            extra = {"eval": "eval", "fit": "diffusers"}.get(name, "train")
             sys.exit(f"vmix {name} needs {error.name}: pip install 'vmix-adapter[{extra}]'")
         sys.argv = [f"vmix {name}", *arguments[1:]]
         command.main()

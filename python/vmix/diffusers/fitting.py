@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,9 +93,9 @@ def fit_vmix(
     wrong; the log says both.
     """
     try:
-        fit = _Fit(pipe, labels, prompts, steps, guidance_scale, rank, height, width, seed)
+        fit = _Fit(pipe, labels, prompts, steps, guidance_scale, rank, height, width, seed, made)
         fit.collect(batch_size, None if sums is None else Path(sums))
-        fitted = fit.solve(dtype, made or {})
+        fitted = fit.solve(dtype)
     except FitError as error:
         raise VMixError(str(error)) from error
     adapter = Adapter.from_tensors(dict(fitted.tensors), dict(fitted.metadata))
@@ -119,6 +120,7 @@ class _Fit:
         height: int | None,
         width: int | None,
         seed: int,
+        made: Mapping[str, Any] | None = None,
     ) -> None:
         self.pipe, self.unet = pipe, _unet(pipe)
         kinds = [kind.__name__ for kind in type(pipe).__mro__]
@@ -142,6 +144,7 @@ class _Fit:
         self.tokens = int(pipe.tokenizer.model_max_length)
         check_rank(rank, self.tokens)
         self.steps, self.rank, self.seed = steps, rank, seed
+        self.made = dict(made or {})
         self.guidance, self.size = guidance_scale, (height, width)
         self.plan = Plan(read_labels(labels), read_prompts(prompts), self._count, self.tokens)
         for prompt in self.plan.too_long:
@@ -156,6 +159,7 @@ class _Fit:
                 "size": [height, width],
                 "seed": seed,
                 "scheduler": type(pipe.scheduler).__name__,
+                "made": self.made,
             }
         )
 
@@ -188,6 +192,7 @@ class _Fit:
             drawn = self._encode_drawn([bare(self.plan.prompts[i]) for i in todo])
             counts = [len(self.plan.words(i)) for i in todo]
             told = torch.split(contexts, counts)
+            next_save = 0.0
             for first in range(0, len(todo), batch_size):
                 batch = range(first, min(first + batch_size, len(todo)))
                 # The conditional part of a batch is its end.
@@ -200,8 +205,11 @@ class _Fit:
                     lambda n=len(batch): bar.update(n),
                 )
                 collector.finish()
-                if file is not None:
+                # Writing may take a twentieth of the time.
+                if file is not None and time.monotonic() >= next_save:
+                    begun = time.monotonic()
                     self.sums.save(file)
+                    next_save = time.monotonic() + 20 * (time.monotonic() - begun)
 
     def _sums_device(self) -> torch.device | None:
         """The CPU where sums would take more than half of the memory that is free on the GPU."""
@@ -263,7 +271,7 @@ class _Fit:
         )
 
     @torch.no_grad()
-    def solve(self, dtype: str, made: Mapping[str, Any]) -> Fitted:
+    def solve(self, dtype: str) -> Fitted:
         if dtype not in _DTYPES:
             raise VMixError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
         base, ldm_names = self._layout()
@@ -283,7 +291,7 @@ class _Fit:
                 "guidance": guidance,
                 "seed": self.seed,
                 "scheduler": type(self.pipe.scheduler).__name__,
-                **made,
+                **self.made,
             },
             modelspec={
                 "sai_model_spec": "1.0.0",

@@ -28,7 +28,8 @@ RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """The one with which a side explains most of the prompts to check with is taken."""
 FLOOR = 1e-6
 """What is added to m_c, relative to their mean, for tokens that nothing attends to."""
-RANKS = (1, 2, 4, 8)
+TURNS = 4
+"""Of the profile: further ones gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,6 @@ class FittedSide:
     ridge: float
     explained: float
     """1 − Σ‖a·V_a − Δ‖²/Σ‖Δ‖² on the prompts to check with."""
-    by_rank: Mapping[str, float]
-    """The same for other ranks."""
 
     def values(self, layer: str) -> Tensor:
         """V_a [C, inner_dim] in f64."""
@@ -105,23 +104,52 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     return scale * torch.cholesky_solve(right * scale, factor)
 
 
-def profile_of(values: Sequence[tuple[Tensor, float]], moment: Tensor, rank: int) -> Tensor:
-    """P [C, r]: the best r columns for V_a = P·B of all layers and heads.
+def profile_of(layers: Sequence[_Layer], rank: int, ridge: float) -> Tensor:
+    """P [C, r]: the r columns with which V_a = P·B fits best, of all layers and heads together.
 
-    `values` are V_a [H, C, E] of layers, each with its weight; `moment` [C, C] the mean of a·aᵀ.
-    What is minimized is Σ weight·tr (V − P·B)ᵀ·moment·(V − P·B).
+    Begins with the decomposition of the full tables as if all heads attended alike, then solves in
+    turns for B, head by head, and for P. The residual falls with every turn.
     """
-    gram = sum(weight * torch.einsum("hce,hde->cd", v, v) for v, weight in values)
-    assert isinstance(gram, Tensor)
+    moments = [regularized(one.moment, ridge) for one in layers]
+    mean = torch.stack([one.moment.mean(0) / one.queries for one in layers]).mean(0)
+    tables = [_solve(moment, one.cross) for moment, one in zip(moments, layers, strict=True)]
+    gram = torch.zeros_like(mean)
+    for one, values in zip(layers, tables, strict=True):
+        gram += one.weight * one.queries * torch.einsum("hce,hde->cd", values, values)
+    profile = _principal(gram, mean, rank)
+    for _ in range(TURNS if 0 < profile.shape[1] < len(mean) else 0):
+        profile = _turn(layers, moments, profile)
+    return profile
+
+
+def _principal(gram: Tensor, moment: Tensor, rank: int) -> Tensor:
+    """The best r columns for values with V·Vᵀ = gram, where all heads have this moment."""
     eigenvalues, vectors = torch.linalg.eigh(moment)
     root = vectors * eigenvalues.clamp(min=0).sqrt() @ vectors.T
     strengths, directions = torch.linalg.eigh(root @ gram @ root)
     strengths, directions = strengths.flip(0)[:rank], directions.flip(1)[:, :rank]
     # Columns of V, combined: no inverse of a moment that is nearly singular.
-    columns = gram @ root @ directions[:, strengths > strengths[0] * 1e-12]
-    # A column's size and sign are free. The largest entry is 1.
-    largest = columns.gather(0, columns.abs().argmax(0, keepdim=True))
-    return columns / largest
+    kept = strengths > max(float(strengths[0]) * 1e-12, 0.0)
+    return _scaled(gram @ root @ directions[:, kept])
+
+
+def _turn(layers: Sequence[_Layer], moments: Sequence[Tensor], profile: Tensor) -> Tensor:
+    """P that is best for the B of the present one: Σ X·P·(B·Bᵀ) = Σ Y·Bᵀ over layers and heads."""
+    tokens, rank = profile.shape
+    matrix = profile.new_zeros(rank * rank, tokens * tokens)
+    right = profile.new_zeros(tokens, rank)
+    for one, moment in zip(layers, moments, strict=True):
+        rows = _solve(profile.T @ moment @ profile, profile.T @ one.cross)  # B [H, r, E]
+        matrix += one.weight * (rows @ rows.mT).flatten(1).T @ moment.flatten(1)
+        right += one.weight * torch.einsum("hce,hre->cr", one.cross, rows)
+    matrix = matrix.view(rank, rank, tokens, tokens).transpose(1, 2).flatten(2).flatten(0, 1)
+    found = _solve(matrix, right.T.reshape(-1, 1))
+    return _scaled(found.view(rank, tokens).T)
+
+
+def _scaled(profile: Tensor) -> Tensor:
+    """Size and sign of a column are free: the largest entry becomes 1."""
+    return profile / profile.gather(0, profile.abs().argmax(0, keepdim=True))
 
 
 def solve_side(
@@ -131,59 +159,25 @@ def solve_side(
     group = plan.group(plan.sides[side])
     layers = {path: _Layer.of(one, side, group) for path, one in sums.layers.items()}
     whole = sum(one.weight * one.check_change for one in layers.values())
+    tokens = next(iter(layers.values())).moment.shape[-1]
 
-    def explained(values: Mapping[str, Tensor]) -> float:
-        left = sum(one.weight * one.residual(values[path]) for path, one in layers.items())
-        return 1 - left / whole if whole else 0.0
+    def fitted(rank: Rank, ridge: float) -> FittedSide:
+        profile = torch.ones(tokens, 1, dtype=torch.float64)
+        # Words that change nothing have no direction.
+        if rank != "bias" and any(one.cross.any() for one in layers.values()):
+            profile = profile_of([*layers.values()], rank, ridge)
+        profile = profile.float().double()  # as the file has it
+        rows, left = {}, 0.0
+        for path, one in layers.items():
+            moment = regularized(one.moment, ridge)
+            # Rows of their own for every head: those of the turns were for another profile.
+            found = _solve(profile.T @ moment @ profile, profile.T @ one.cross).to(dtype)
+            if not found.isfinite().all():
+                raise FitError(f"layer {path}: expected rows that {dtype} can hold, found more")
+            left += one.weight * one.residual(profile @ found.double())
+            rows[path] = found.transpose(0, 1).flatten(1)
+        share = 1 - left / whole if whole else 0.0
+        return FittedSide(profile.float(), rows, ridge, share)
 
-    def table(ridge: float) -> dict[str, Tensor]:
-        return {p: ridge_values(one.moment, one.cross, ridge) for p, one in layers.items()}
-
-    ridges = RIDGES if ridge is None else (ridge,)
-    tables = {ridge: table(ridge) for ridge in ridges}
-    shares = {ridge: explained(values) for ridge, values in tables.items()}
-    ridge = max(shares, key=lambda one: shares[one])
-    first = next(iter(layers.values()))
-    tokens = first.moment.shape[-1]
-    moments = [one.moment.mean(0) / one.queries for one in layers.values()]
-    mean = torch.stack(moments).mean(0)
-    weighted = [(tables[ridge][path], one.weight * one.queries) for path, one in layers.items()]
-
-    def rows(profile: Tensor) -> dict[str, Tensor]:
-        """B [H, r, E], solved again per head: those of the decomposition are for one moment."""
-        return {
-            path: _solve(profile.T @ regularized(one.moment, ridge) @ profile, profile.T @ one.cross)
-            for path, one in layers.items()
-        }
-
-    def reduced(profile: Tensor) -> tuple[Tensor, dict[str, Tensor], float]:
-        profile = profile.float().double()
-        found = {path: _flat(b).to(dtype) for path, b in rows(profile).items()}
-        heads = {path: one.moment.shape[0] for path, one in layers.items()}
-        rounded = {p: profile @ _heads(b.double(), heads[p]) for p, b in found.items()}
-        return profile, found, explained(rounded)
-
-    bias = torch.ones(tokens, 1, dtype=torch.float64)
-    if not whole or not any(values.any() for values, _ in weighted):
-        profiles = {"bias": bias}  # words that change nothing have no direction
-    else:
-        most = min(tokens, max((rank if rank != "bias" else 1), *RANKS))
-        best = profile_of(weighted, mean, most)
-        wanted = {*RANKS} | ({rank} if rank != "bias" else set())
-        profiles = {"bias": bias} | {str(r): best[:, :r] for r in sorted(wanted)}
-    by_rank = {name: reduced(profile)[2] for name, profile in profiles.items()}
-    profile, found, share = reduced(profiles.get(str(rank), bias))
-    for path, b in found.items():
-        if not b.isfinite().all():
-            raise FitError(f"layer {path}: expected rows that {dtype} can hold, found more")
-    by_rank["all"] = shares[ridge]
-    return FittedSide(profile.float(), found, ridge, share, by_rank)
-
-
-def _flat(rows: Tensor) -> Tensor:
-    """[H, r, E] as [r, inner_dim]"""
-    return rows.transpose(0, 1).flatten(1)
-
-
-def _heads(rows: Tensor, heads: int) -> Tensor:
-    return rows.unflatten(1, (heads, -1)).transpose(0, 1)
+    tried = [fitted(rank, one) for one in (RIDGES if ridge is None else (ridge,))]
+    return max(tried, key=lambda one: one.explained)

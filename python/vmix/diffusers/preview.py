@@ -1,0 +1,88 @@
+"""A grid of pictures: every label of an adapter at several weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from vmix import Adapter
+from vmix.diffusers.mixing import load_vmix, set_vmix, unload_vmix
+
+__all__ = ["draw_preview"]
+
+_CELL, _GAP, _EDGE, _LINE = 192, 6, 16, 18
+_INK, _FAINT = "#1f2328", "#656d76"
+
+
+def draw_preview(
+    pipe: Any,
+    adapter: Adapter,
+    prompts: Sequence[str],
+    *,
+    guidance_scale: float | None = None,
+    steps: int = 20,
+    size: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> Image.Image:
+    """A row for each label and prompt, a column for each weight; the noise of a prompt is the same
+    everywhere."""
+    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+
+    def drawn(prompt: str, selections: Sequence[dict[str, float]]) -> list[Image.Image]:
+        images = []
+        for first in range(0, len(selections), batch_size):
+            part = [*selections[first : first + batch_size]]
+            set_vmix(pipe, part, "preview")
+            images += pipe(
+                [prompt] * len(part),
+                generator=[torch.Generator("cpu").manual_seed(seed) for _ in part],
+                num_inference_steps=steps,
+                height=size,
+                width=size,
+                **guidance,
+            ).images
+        return images
+
+    rows = []
+    load_vmix(pipe, adapter, adapter_name="preview")
+    try:
+        for label in adapter.labels:
+            low = (-1.0, -0.5) if label.range[0] < 0 else ()
+            weights = (*low, 0.0, 0.5, 1.0)
+            for prompt in prompts:
+                images = drawn(prompt, [{label.name: weight} for weight in weights])
+                rows.append((label.name, prompt, [*zip(weights, images, strict=True)]))
+    finally:
+        unload_vmix(pipe, "preview")
+    return _grid(rows)
+
+
+def _grid(rows: Sequence[tuple[str, str, Sequence[tuple[float, Image.Image]]]]) -> Image.Image:
+    columns = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    if not any(weight < 0 for _, _, images in rows for weight, _ in images):
+        columns = columns[2:]
+    font = ImageFont.load_default(12)
+    height = _LINE + _CELL + _GAP
+    page = Image.new(
+        "RGB",
+        (2 * _EDGE + len(columns) * (_CELL + _GAP) - _GAP, 2 * _EDGE + _LINE + len(rows) * height),
+        "white",
+    )
+    draw = ImageDraw.Draw(page)
+    for column, weight in enumerate(columns):
+        x = _EDGE + column * (_CELL + _GAP) + _CELL / 2
+        draw.text((x, _EDGE), f"{weight:+g}" if weight else "0", _FAINT, font, anchor="mt")
+    for row, (label, prompt, images) in enumerate(rows):
+        y = _EDGE + _LINE + row * height
+        line = f"{label}: {prompt}"
+        while len(line) > 1 and draw.textlength(line, font) > page.width - 2 * _EDGE:
+            line = line.removesuffix("…")[:-1] + "…"
+        draw.text((_EDGE, y), line, _INK, font)
+        for weight, image in images:
+            cell = image.convert("RGB").resize((_CELL, _CELL), Image.Resampling.BICUBIC)
+            page.paste(cell, (_EDGE + columns.index(weight) * (_CELL + _GAP), y + _LINE))
+    return page

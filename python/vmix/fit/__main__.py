@@ -1,0 +1,217 @@
+"""The command `vmix fit`: an adapter from words, for a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import logging
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from vmix import Adapter, VMixError
+from vmix.fit.errors import FitError
+from vmix.fit.labels import LABEL_SETS, FitLabel, read_labels
+from vmix.fit.prompts import CHECK, bare, read_prompts
+from vmix.fit.report import Effect, table
+
+DESCRIPTION = """\
+Fit labels on a checkpoint from their words, and write the adapter.
+
+A few prompts are drawn. What a label's words would change in every cross-attention layer is found by
+least squares: forward passes alone, in the memory that drawing takes. The adapter is for this
+checkpoint; on others of the same family it does roughly the same. docs/fitting.md says more."""
+
+EPILOG = """\
+Ctrl-C stops; the same command goes on where it was.
+
+Examples:
+
+  vmix fit --base dreamshaper.safetensors --out my.safetensors
+
+  vmix fit --base sdxl.safetensors --label "light: bright | dark" --label "calm: calm mood"
+  --out light.safetensors --preview light.png
+
+  vmix fit --base turbo.safetensors --labels mine.toml --steps 4 --guidance 0 --out my.safetensors """
+
+DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        "vmix fit",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = made.add_argument
+    add("-b", "--base", required=True, metavar="CHECKPOINT", help="A .safetensors file as ComfyUI "
+        "loads it, SD1.5 or SDXL; or a folder of a diffusers pipeline.")  # fmt: skip
+    add("-o", "--out", type=Path, required=True, metavar="FILE", help="The adapter to write.")
+    add("-f", "--force", action="store_true", help="Replace it if there is one.")
+    words = made.add_mutually_exclusive_group()
+    words.add_argument("-L", "--labels", metavar="FILE", help="A fit_labels.toml; or one of the "
+        f"sets that come along: {', '.join(LABEL_SETS)}. Else the default set.")  # fmt: skip
+    words.add_argument("-l", "--label", action="append", default=[], metavar="LABEL", help="A label "
+        'as "NAME", "NAME: WORDS" or "NAME: WORDS | OPPOSITE WORDS"; may be repeated.')  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE", help="A prompt on each line; {words} is where a "
+        "label's words go, else they are appended. Else forty that come along.")  # fmt: skip
+    add("--steps", type=int, default=8, help="Steps for each prompt; 8 unless given.")
+    add("--guidance", type=float, help="Guidance scale; the pipeline's own unless given. What you "
+        "draw with: 0 or 1 for models that are drawn without.")  # fmt: skip
+    add("--rank", type=_rank, default=4, metavar="N|bias", help="Value rows for each side of a "
+        "label; 4 unless given. bias: one that is equal for all tokens.")  # fmt: skip
+    add("--size", type=int, metavar="PIXELS", help="Side of the pictures; the base's own unless "
+        "given.")  # fmt: skip
+    add("--batch-size", type=int, default=1, help="Pictures at once; 1 unless given.")
+    add("--seed", type=int, default=0)
+    add("--preview", type=Path, metavar="FILE", help="A grid of pictures to write: every label at "
+        "several weights.")  # fmt: skip
+    add("--device", help="cuda, cpu, mps …; a GPU where there is one, unless given.")
+    add("--dtype", choices=tuple(DTYPES), help="Of the base; f16 on a GPU, else f32, unless given.")
+    add("--offload", action="store_true", help="Keep on the GPU only the part that is computing.")
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help="Of a base that cannot say "
+        "it.")  # fmt: skip
+    return made
+
+
+def _rank(text: str) -> Any:
+    if text == "bias":
+        return text
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a whole number or bias, found {text!r}")
+    return int(text)
+
+
+def typed_label(text: str) -> FitLabel:
+    """NAME, NAME: WORDS or NAME: WORDS | OPPOSITE WORDS"""
+    name, colon, words = text.partition(":")
+    positive, bar, negative = (words if colon else name).partition("|")
+    return FitLabel(name.strip(), (positive.strip(),), (negative.strip(),) if bar else ())
+
+
+def fit(args: argparse.Namespace) -> None:
+    # What is wrong with the arguments is said before a base is loaded.
+    if args.out.exists() and not args.force:
+        raise FitError(f"{args.out}: exists; --force replaces it")
+    for path in (args.out, args.preview):
+        if path is not None and not path.parent.is_dir():
+            raise FitError(f"{path}: no folder {path.parent}")
+    for key in ("steps", "batch_size", "size"):
+        if (value := getattr(args, key)) is not None and value < 1:
+            raise FitError(f"--{key.replace('_', '-')}: expected 1 or more, found {value}")
+    labels = read_labels([*map(typed_label, args.label)] or args.labels or "default")
+    prompts = read_prompts(args.prompts)
+
+    from vmix.diffusers import fit_vmix
+    from vmix.diffusers.preview import draw_preview
+
+    pipe = _load(args)
+    sums = args.out.with_name(f"{args.out.name}.sums")
+    if sums.exists():
+        print(f"going on from {sums}")
+    made = {"base": Path(args.base).name, **_hash(Path(args.base))}
+    adapter = fit_vmix(
+        pipe,
+        labels,
+        prompts,
+        args.steps,
+        args.guidance,
+        args.rank,
+        height=args.size,
+        width=args.size,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        sums=sums,
+        made=made,
+    )
+    adapter.save(args.out)
+    print(table({label.name: Effect(label.effect) for label in adapter.labels}))
+    for warning in adapter.made.get("warnings", ()):
+        print(f"warning: {warning}")
+    print(f"see {args.out}")
+    if args.preview:
+        checks = [bare(prompt) for i, prompt in enumerate(prompts) if i % CHECK == CHECK - 1]
+        grid = draw_preview(
+            pipe,
+            adapter,
+            (checks or [bare(prompts[-1])])[:2],
+            guidance_scale=args.guidance,
+            steps=max(args.steps, 20) if args.steps >= 8 else args.steps,
+            size=args.size,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+        grid.save(args.preview)
+        print(f"see {args.preview}")
+
+
+def _load(args: argparse.Namespace) -> Any:
+    import diffusers
+    import transformers
+
+    from vmix.train.errors import TrainingError
+    from vmix.train.single_file import load_pipeline
+
+    # Settings that a base needs are warned of as old.
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for library in (diffusers, transformers):
+        library.logging.set_verbosity_error()
+        library.logging.disable_progress_bar()
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[args.dtype or ("f32" if device == "cpu" else "f16")]
+    try:
+        pipe = load_pipeline(args.base, prediction_type=args.prediction_type)
+    except TrainingError as error:
+        raise FitError(f"--base: {error}") from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise FitError(f"--base {args.base}: {' '.join(str(error).split())}") from error
+    pipe.to(dtype=dtype)
+    if args.offload:
+        pipe.enable_model_cpu_offload(device=device)
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def _hash(base: Path) -> dict[str, str]:
+    """SHA-256 of a single file, or of a folder's U-Net."""
+    unet = base / "unet"
+    files = [base] if base.is_file() else sorted(unet.glob("*.safetensors"))
+    if not files:
+        return {}
+    found = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            while block := opened.read(2**24):
+                found.update(block)
+    return {"base_sha256": found.hexdigest()}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    logging.getLogger("vmix").addHandler(logging.NullHandler())  # warnings are in the table
+    logging.getLogger("vmix").propagate = False
+    try:
+        fit(args)
+    except (FitError, VMixError) as error:
+        raise SystemExit(f"vmix fit: {error}") from None
+    except torch.OutOfMemoryError as error:
+        first = " ".join(re.split(r"(?<=\.)\s", str(error).strip(), maxsplit=2)[:2])
+        raise SystemExit(
+            f"vmix fit: {first} Less is needed with --offload, --dtype f16, a smaller --size or "
+            "--batch-size, or fewer labels"
+        ) from None
+    except OSError as error:
+        raise SystemExit(f"vmix fit: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("\nvmix fit: stopped. The same command goes on where it was") from None
+
+
+if __name__ == "__main__":
+    main()
