@@ -220,9 +220,27 @@ impl Adapter {
         Ok(&self.0.rows[self.0.layers.index(layer)?])
     }
 
+    /// The weight of every label. [`Selection::All`] is refused where coefficients are linear: such
+    /// labels are fitted one by one, and all of them at once are a look that nobody asked for.
+    pub fn weights(&self, selection: &Selection) -> Result<Vec<f32>> {
+        let kind = self.coefficient_kind();
+        if (selection, kind) == (&Selection::All, CoefficientKind::Linear) {
+            let names: Vec<&str> = self.labels().iter().map(|l| l.name.as_str()).collect();
+            let expected = format!("labels of a linear adapter by name: {}", names.join(", "));
+            return Err(Error::argument("selection", expected, "`all`"));
+        }
+        self.labels().weights(selection)
+    }
+
+    /// The weight of every label in the opposite of a selection, which [`ApplyTo::Contrast`] mixes
+    /// into the unconditional pass.
+    pub fn opposite(&self, selection: &Selection) -> Result<Vec<f32>> {
+        self.labels().opposite(&self.weights(selection)?)
+    }
+
     /// A \[C, R\] of a selection, in f32: V_a = A·B.
     pub fn coefficients(&self, selection: &Selection) -> Result<Tensor> {
-        let weights = self.labels().weights(selection)?;
+        let weights = self.weights(selection)?;
         let shape = [self.context_tokens(), self.count()];
         let a = self.0.coefficients.of(&weights, self.labels())?;
         Ok(Tensor::rounded(shape, a, DType::F32))
@@ -238,7 +256,7 @@ impl Adapter {
             return Err(Error::OutOfMemory { bytes });
         }
         for selection in selections {
-            let weights = self.labels().weights(selection)?;
+            let weights = self.weights(selection)?;
             batch.extend(self.0.coefficients.of(&weights, self.labels())?);
         }
         Ok(Tensor::rounded(shape, batch, DType::F32))
@@ -247,7 +265,7 @@ impl Adapter {
     /// f_t \[N, d\]: the features of a selection, looked up in AesEmb (paper, section 3.3). `None` where
     /// the file has no AesEmb.
     pub fn aes_embed(&self, selection: &Selection) -> Result<Option<Tensor>> {
-        let weights = self.labels().weights(selection)?;
+        let weights = self.weights(selection)?;
         let (Some(aes_emb), Some(d)) = (&self.0.aes_emb, self.0.context_dim) else {
             return Ok(None);
         };
@@ -274,7 +292,7 @@ impl Adapter {
     /// f_a \[C, d\]: the aesthetic context of a selection (paper, eq. 6). `None` for linear adapters,
     /// which have none.
     pub fn project(&self, selection: &Selection) -> Result<Option<Tensor>> {
-        let weights = self.labels().weights(selection)?;
+        let weights = self.weights(selection)?;
         let Some(context_rows) = &self.0.context_rows else {
             return Ok(None);
         };
@@ -289,9 +307,9 @@ impl Adapter {
     /// `dtype`. With [`ApplyTo::Contrast`] also that of the opposite selection.
     pub fn values(&self, selection: &Selection, apply_to: ApplyTo, dtype: DType) -> Result<Values> {
         let inner = &*self.0;
-        let weights = self.labels().weights(selection)?;
+        let weights = self.weights(selection)?;
         let opposite = match apply_to {
-            ApplyTo::Contrast => Some(self.labels().weights(&self.labels().opposite(selection)?)?),
+            ApplyTo::Contrast => Some(self.opposite(selection)?),
             ApplyTo::Cond | ApplyTo::Both => None,
         };
         let product = |weights: &Vec<f32>| -> Result<Product> {

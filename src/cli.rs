@@ -108,8 +108,8 @@ struct Bake {
     /// The adapter.
     adapter: PathBuf,
     /// A label, as "NAME" or "NAME=WEIGHT"; may be repeated. Labels that are left out are at their
-    /// neutral weight, or at 0 where they have none. "all" is every label at 1, "none" leaves out every
-    /// label. Without it, every label is at the file's own default.
+    /// neutral weight, or at 0 where they have none. "all" is every label at 1 (of trained adapters alone),
+    /// "none" leaves out every label. Without it, every label is at the file's own default.
     #[arg(short, long, value_name = "LABEL")]
     select: Vec<String>,
     /// What the unconditional pass of classifier-free guidance sees; without it, what the file says.

@@ -172,7 +172,7 @@ pub enum Selection {
     /// Each label at the file's own default, which is 1 for a trained adapter, as in the paper.
     #[default]
     Default,
-    /// Every label at 1.
+    /// Every label at 1; of trained adapters alone.
     All,
     /// Every label left out.
     None,
@@ -274,24 +274,17 @@ impl Labels {
         let mut weights: Vec<f32> = self.list.iter().map(Label::left_out).collect();
         for (key, weight) in chosen {
             let index = self.index(key)?;
-            if !weight.is_finite() {
-                return Err(Error::argument(
-                    format!("weight of label `{}`", self.list[index].name),
-                    "a finite number",
-                    weight.to_string(),
-                ));
-            }
-            weights[index] = *weight;
+            weights[index] = finite(&self.list[index], *weight)?;
         }
         Ok(weights)
     }
 
-    /// The opposite of a selection, which the policy `contrast` mixes into the unconditional pass.
-    pub fn opposite(&self, selection: &Selection) -> Result<Selection, Error> {
-        let weights = self.weights(selection)?;
+    /// The opposite of these weights, which the policy `contrast` mixes into the unconditional pass.
+    pub(crate) fn opposite(&self, weights: &[f32]) -> Result<Vec<f32>, Error> {
         let pairs = self.list.iter().zip(weights);
-        let opposite = pairs.map(|(label, weight)| label.opposite(weight));
-        Ok(Selection::weights(opposite.enumerate()))
+        pairs
+            .map(|(label, &weight)| finite(label, label.opposite(weight)))
+            .collect()
     }
 
     /// The label furthest from where it changes least, and its weight: what an overflow is about.
@@ -301,6 +294,17 @@ impl Labels {
             .max_by(|a, b| distance(a).total_cmp(&distance(b)))
             .map(|i| format!("label `{}` at weight {}", self.list[i].name, weights[i]))
             .unwrap_or_default()
+    }
+}
+
+fn finite(label: &Label, weight: f32) -> Result<f32, Error> {
+    match weight.is_finite() {
+        true => Ok(weight),
+        false => Err(Error::argument(
+            format!("weight of label `{}`", label.name),
+            "a finite number",
+            weight.to_string(),
+        )),
     }
 }
 
@@ -346,8 +350,8 @@ mod tests {
     #[test]
     fn the_opposite_of_a_selection_is_mirrored_at_neutral() {
         let opposite = |selection| {
-            let opposite = labels().opposite(&selection).unwrap();
-            labels().weights(&opposite).unwrap()
+            let weights = labels().weights(&selection).unwrap();
+            labels().opposite(&weights).unwrap()
         };
         assert_eq!(opposite(Selection::All), [0.0, -0.5]);
         assert_eq!(opposite(Selection::None), [0.0, 0.25]);

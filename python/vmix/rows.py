@@ -29,7 +29,8 @@ from torch import Tensor
 __all__ = ["Label", "RowFile", "RowsError", "Selection", "coefficients", "open_rows", "values"]
 
 Selection: TypeAlias = str | Mapping[str, float] | Sequence[str] | None
-"""The weights of labels; or labels, of weight 1; "all", "none", or None for the file's defaults."""
+"""The weights of labels; or labels, of weight 1; "all" (of trained files alone), "none", or
+None for the file's defaults."""
 
 
 def coefficients(
@@ -132,6 +133,10 @@ class RowFile:
         if selection is None:
             return {label.name: _f32(label.default) for label in self.labels}
         if isinstance(selection, str) and selection == "all":
+            if self.coefficient_kind == "linear":
+                names = _printable(", ".join(label.name for label in self.labels))
+                expected = f"labels of a linear adapter by name: {names}"
+                raise RowsError(f"selection: expected {expected}, found `all`")
             selection = [label.name for label in self.labels]
         elif isinstance(selection, str):
             selection = [] if selection == "none" else [selection]

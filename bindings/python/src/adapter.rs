@@ -150,7 +150,7 @@ impl Adapter {
         py: Python<'py>,
         selection: Option<Selection>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let weights = self.0.labels().weights(&chosen(selection)).map_err(to_py)?;
+        let weights = self.0.weights(&chosen(selection)).map_err(to_py)?;
         selection::weights(py, self.0.labels(), &weights)
     }
 
@@ -160,10 +160,8 @@ impl Adapter {
         py: Python<'py>,
         selection: Option<Selection>,
     ) -> PyResult<Bound<'py, PyDict>> {
-        let labels = self.0.labels();
-        let opposite = labels.opposite(&chosen(selection)).map_err(to_py)?;
-        let weights = labels.weights(&opposite).map_err(to_py)?;
-        selection::weights(py, labels, &weights)
+        let weights = self.0.opposite(&chosen(selection)).map_err(to_py)?;
+        selection::weights(py, self.0.labels(), &weights)
     }
 
     #[pyo3(signature = (selection=None))]
