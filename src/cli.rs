@@ -593,6 +593,7 @@ impl Summary {
             };
             let parts = made
                 .iter()
+                .filter(|(key, _)| *key != "warnings") // below, a line each
                 .map(|(key, value)| format!("{key}: {}", shown(value)));
             rows.push(("made", parts.collect::<Vec<_>>().join(", ")));
         }
@@ -631,6 +632,7 @@ impl Summary {
             writeln!(table, "{key:width$}{}", presentable(&value, LONGEST))?;
         }
         write!(table, "\n{}", self.label_table())?;
+        write!(table, "{}", self.effects())?;
         let languages = self.languages();
         if !languages.is_empty() {
             write!(table, "\n\nnames in {}", presentable(&languages, LONGEST))?;
@@ -644,6 +646,32 @@ impl Summary {
         let names = labels.filter_map(|label| label["display_names"].as_object());
         let tags: BTreeSet<&str> = names.flat_map(|n| n.keys().map(String::as_str)).collect();
         tags.into_iter().collect::<Vec<_>>().join(", ")
+    }
+
+    /// What was measured of every label, a line each; then what there is to be warned of.
+    fn effects(&self) -> String {
+        let mut lines = Vec::new();
+        for label in self.0["labels"].as_array().into_iter().flatten() {
+            let numbers = label["effect"].as_object().into_iter().flatten();
+            let numbers: Vec<String> = numbers
+                .map(|(name, x)| {
+                    let x = format!("{:.3}", x.as_f64().unwrap_or(f64::NAN));
+                    let x = x.trim_end_matches('0').trim_end_matches('.');
+                    format!("{} {x}", presentable(name, LONGEST))
+                })
+                .collect();
+            if !numbers.is_empty() {
+                let name = presentable(label["name"].as_str().unwrap_or(""), LONGEST);
+                lines.push(format!("effect of {name}: {}", numbers.join(", ")));
+            }
+        }
+        let warnings = self.0["made"]["warnings"].as_array().into_iter().flatten();
+        let warnings = warnings.filter_map(Value::as_str);
+        lines.extend(warnings.map(|warning| format!("warning: {}", presentable(warning, LONGEST))));
+        match lines.is_empty() {
+            true => String::new(),
+            false => format!("\n\n{}", lines.join("\n")),
+        }
     }
 
     fn label_table(&self) -> String {
@@ -660,7 +688,6 @@ impl Summary {
             "range",
             "positive",
             "negative",
-            "effect",
         ];
         let mut rows = vec![head.map(String::from)];
         for label in self.0["labels"].as_array().into_iter().flatten() {
@@ -681,11 +708,6 @@ impl Summary {
                 Value::Null => "none".to_owned(),
                 neutral => neutral.to_string(),
             };
-            let effect = label["effect"].as_object().into_iter().flatten();
-            let effect = effect.map(|(name, x)| {
-                let x = x.as_f64().unwrap_or(f64::NAN);
-                format!("{} {x:.3}", presentable(name, LONGEST))
-            });
             rows.push([
                 text("name"),
                 text("dimension"),
@@ -694,7 +716,6 @@ impl Summary {
                 format!("{} to {}", label["range"][0], label["range"][1]),
                 texts("positive"),
                 texts("negative"),
-                effect.collect::<Vec<_>>().join(", "),
             ]);
         }
         let widths: Vec<usize> = (0..head.len())

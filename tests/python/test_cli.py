@@ -501,7 +501,7 @@ FITTED = [
         "neutral": 0,
         "range": [-1.5, 1.5],
         "step": 0.1,
-        "effect": {"hue": 0.25, "colourfulness": -0.0625},
+        "effect": {"hue": 0.25, "colourfulness": -0.0635},
     },
     {"name": "a=1", "positive": ["a letter"], "negative": [""], "default": 0, "neutral": 0},
 ]
@@ -657,7 +657,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", INSPECTED)
 def test_inspect_table(name: str, files: Path) -> None:
-    above, below, *languages = succeeds("inspect", name, cwd=files).split("\n\n")
+    above, below, *more = succeeds("inspect", name, cwd=files).split("\n\n")
     found = dict(line.split(None, 1) for line in above.splitlines())
     expected = summary(files / name)
     context = f"{expected['context_tokens']} tokens"
@@ -683,12 +683,21 @@ def test_inspect_table(name: str, files: Path) -> None:
     assert found == rows
 
     named = name in ("adapter", "half", "preset")
-    assert languages == (["names in de, zh\n"] if named else [])
+    effects = [
+        f"effect of {label['name']}: "
+        + ", ".join(f"{key} {round(value, 3):g}" for key, value in sorted(label["effect"].items()))
+        for label in expected["labels"]
+        if label["effect"]
+    ]
+    assert [part.strip() for part in more] == [
+        *(["\n".join(effects)] if effects else []),
+        *(["names in de, zh"] if named else []),
+    ]
     header, *lines = below.splitlines()
     weight = "weight" if "preset" in name else "default"
     columns = [
         *("label", "dimension", weight, "neutral", "range"),
-        *("positive", "negative", "effect"),
+        *("positive", "negative"),
     ]
     assert header.split() == columns
     starts = [header.index(column) for column in columns]
@@ -702,8 +711,6 @@ def test_inspect_table(name: str, files: Path) -> None:
         assert list(map(float, cells[4].split(" to "))) == label["range"]
         sides = [[text or "(no text)" for text in label[x]] for x in ("positive", "negative")]
         assert [cell.split(" / ") for cell in cells[5:7]] == sides
-        effect = [f"{key} {value:.3f}" for key, value in sorted(label["effect"].items())]
-        assert cells[7] == ", ".join(effect)
 
 
 # --- bake ---

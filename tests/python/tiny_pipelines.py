@@ -48,15 +48,20 @@ def unet(**config: Any) -> UNet2DConditionModel:
 
 def sd15_unet() -> UNet2DConditionModel:
     """Stable Diffusion 1.5's own shape (860 M parameters), not its weights."""
+    return full_size_unet(cross_attention_dim=768, attention_head_dim=8)
+
+
+def full_size_unet(dtype: torch.dtype = torch.float32, **config: Any) -> UNet2DConditionModel:
+    """A U-Net of any configuration, in seconds."""
     with torch.device("meta"):
-        model = UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8)
-    model.to_empty(device="cpu").eval().requires_grad_(False)
+        model = UNet2DConditionModel.from_config(config)
+    model.to(dtype).to_empty(device="cpu").eval().requires_grad_(False)
     draw = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             # One drawn row, shifted, instead of 860 M draws: quick, and no two rows are equal.
             width = parameter[0].numel()
-            row = torch.randn(width + parameter.shape[0], generator=draw) / width**0.5
+            row = torch.randn(width + parameter.shape[0], generator=draw).to(dtype) / width**0.5
             parameter.copy_(row.unfold(0, width, 1)[: parameter.shape[0]].view_as(parameter))
         else:
             parameter.fill_(float("norm" in name and name.endswith("weight")))

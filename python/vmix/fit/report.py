@@ -52,7 +52,6 @@ def measure(plan: Plan, sums: Sums, fitted: Sequence[FittedSide]) -> dict[str, E
             numbers[f"ridge_{which}"] = found.ridge
             for length, size in norms.by_length(values).items():
                 numbers[f"size_{which}_{length}_tokens"] = size
-            numbers[f"pairs_{which}"] = len(plan.sides[i].prompts)
         numbers["pairs_skipped"] = sum(
             len(plan.prompts) - len(plan.sides[i].prompts) for i, _ in sides.values()
         )
