@@ -35,7 +35,7 @@ def contexts(plan: Plan, width: int, draw: torch.Generator) -> list[tuple[Tensor
     """Of every prompt: the bare context, and those with words, which move every token a little."""
     words = torch.randn(len(plan.sides), TOKENS, width, generator=draw)
     found = []
-    for prompt in range(len(plan.prompts)):
+    for _ in plan.prompts:
         bare = torch.randn(1, TOKENS, width, generator=draw)
         noise = torch.randn(len(plan.sides), TOKENS, width, generator=draw)
         found.append((bare, bare + 0.5 * words + 0.1 * noise))

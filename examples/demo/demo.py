@@ -8,6 +8,7 @@ Everything goes through the public interface: a StableDiffusionPipeline and `vmi
 from __future__ import annotations
 
 import argparse
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,13 +23,15 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 from vmix import Adapter
-from vmix.diffusers import load_vmix, unload_vmix
+from vmix.diffusers import fit_vmix, load_vmix, unload_vmix
 from vmix.loading import WeightsError, load_pipeline
 from vmix.measures import HUE_BANDS, MEASURES, hue_matches
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "comfy_nodes" / "demo"  # what the node pack brings along
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
+FIT_STEPS, FIT_PROMPTS = 8, HERE / "fit_prompts.txt"
+FIT_LABEL, FIT_WORDS = "light", ("bright", "dark")
 
 PROMPTS = (
     "a red apple",
@@ -169,7 +172,22 @@ def draw_grid(
     return canvas
 
 
-def grid(pipe: Any, adapter: Adapter, seed: int, bar: Any = None) -> Image.Image:
+def fitted(pipe: Any, labels: Any, **options: Any) -> tuple[Adapter, float]:
+    """Labels from words, on this model, and the seconds that it took."""
+    begun = time.perf_counter()
+    settings = {"prompts": FIT_PROMPTS, "steps": FIT_STEPS, "guidance_scale": GUIDANCE}
+    made = fit_vmix(pipe, labels, **{**settings, "batch_size": BATCH, **options})
+    return made, time.perf_counter() - begun
+
+
+def grid(
+    pipe: Any,
+    adapter: Adapter,
+    seed: int,
+    bar: Any = None,
+    words: tuple[Adapter, float] | None = None,
+) -> Image.Image:
+    """`words`: a label that was just fitted, and the seconds that it took."""
     pairs = [(prompt, seed + row) for row, prompt in enumerate(PROMPTS)]
     columns = [("base model", "without VMix", generate(pipe, pairs, bar))]
     for scale in (0.5, 1.0):
@@ -181,6 +199,12 @@ def grid(pipe: Any, adapter: Adapter, seed: int, bar: Any = None) -> Image.Image
     images = with_vmix(pipe, adapter, pairs, only(adapter, None), bar=bar)
     columns.append(("all negative", "λ = 1", images))
     groups = [("base", 1), ("all", 2), ("single", len(adapter.labels)), ("none", 1)]
+    if words is not None:
+        made, seconds = words
+        for weight, word in zip((1.0, -1.0), FIT_WORDS, strict=True):
+            images = with_vmix(pipe, made, pairs, {FIT_LABEL: weight}, bar=bar)
+            columns.append((f"“{word}”", f"fitted in {seconds:.1f} s", images))
+        groups.append(("fitted", 2))
     return draw_grid(columns, PROMPTS, groups)
 
 
@@ -216,13 +240,19 @@ def main() -> None:
     except WeightsError as error:
         parser.error(str(error))
     args.out.mkdir(parents=True, exist_ok=True)
-    total = len(PROMPTS) * (4 + len(adapter.labels))
+    words = fitted(pipe, {FIT_LABEL: FIT_WORDS})
+    words[0].save(args.out / "light.safetensors")
+    total = len(PROMPTS) * (6 + len(adapter.labels))
     total += 0 if args.grid_only else 2 * len(PROMPTS) * len(SEEDS)
     with tqdm(total=total, desc="pictures", unit="") as bar:
-        grid(pipe, adapter, args.seed, bar).save(args.out / "grid.png")
+        grid(pipe, adapter, args.seed, bar, words).save(args.out / "grid.png")
         lines = [] if args.grid_only else list(table(pipe, adapter, bar))
     print("\n".join(lines))
-    print(f"\nsee {args.out / 'grid.png'}")
+    print(
+        f"\nfitted {FIT_WORDS[0]!r} against {FIT_WORDS[1]!r} in {words[1]:.1f} s: "
+        f"{args.out / 'light.safetensors'}"
+    )
+    print(f"see {args.out / 'grid.png'}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """VMix in pipelines of diffusers.
 
-    load_vmix(pipe, "adapter.safetensors", "vibrant color")   # loads
-    set_vmix(pipe, {"vibrant color": 1.3})                    # other label weights
-    set_vmix_scale(pipe, 0.8)                                 # λ
-    get_vmix(pipe), list_vmix(pipe)
-    unload_vmix(pipe)
-    fit_vmix(pipe, {"light": ("bright", "dark")})             # an adapter, from words
+load_vmix(pipe, "adapter.safetensors", "vibrant color")   # loads
+set_vmix(pipe, {"vibrant color": 1.3})                    # other label weights
+set_vmix_scale(pipe, 0.8)                                 # λ
+get_vmix(pipe), list_vmix(pipe)
+unload_vmix(pipe)
+fit_vmix(pipe, {"light": ("bright", "dark")})             # an adapter, from words
 """
 
 from vmix.diffusers.fitting import fit_vmix

@@ -196,14 +196,14 @@ class _Fit:
             for first in range(0, len(todo), batch_size):
                 batch = range(first, min(first + batch_size, len(todo)))
                 # The conditional part of a batch is its end.
-                collector.start(
-                    [Picture(k - batch.stop, todo[k], told[k]) for k in batch]
-                )
-                self._draw(
-                    [todo[k] for k in batch],
-                    {key: x[batch.start : batch.stop] for key, x in drawn.items()},
-                    lambda n=len(batch): bar.update(n),
-                )
+                collector.start([Picture(k - batch.stop, todo[k], told[k]) for k in batch])
+
+                def stepped(progress: float, count: int = len(batch)) -> None:
+                    collector.progress = progress
+                    bar.update(count)
+
+                embeds = {key: x[batch.start : batch.stop] for key, x in drawn.items()}
+                self._draw([todo[k] for k in batch], embeds, stepped)
                 collector.finish()
                 # Writing may take a twentieth of the time.
                 if file is not None and time.monotonic() >= next_save:
@@ -251,10 +251,10 @@ class _Fit:
         return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
     def _draw(
-        self, prompts: Sequence[int], embeds: Mapping[str, Tensor], step: Callable[[], Any]
+        self, prompts: Sequence[int], embeds: Mapping[str, Tensor], stepped: Callable[[float], None]
     ) -> None:
         def told(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            step()
+            stepped((index + 1) / pipe.num_timesteps)
             return {}
 
         guidance = {} if self.guidance is None else {"guidance_scale": self.guidance}
@@ -318,15 +318,16 @@ class _Fit:
     def _aes_emb(self) -> Tensor:
         """[N, 2, d]: the feature at the end of text of each side's words; the mean of phrasings."""
         sides = [
-            words for label in self.plan.labels for words in (label.positive, label.negative or ("",))
+            words
+            for label in self.plan.labels
+            for words in (label.positive, label.negative or ("",))
         ]
-        contexts = self._encode([text for words in sides for text in words])
-        features = [
-            context[self._count(text) + 1]
-            for context, text in zip(contexts, (t for words in sides for t in words), strict=True)
-        ]
-        means = [part.float().mean(0) for part in torch.stack(features).split([*map(len, sides)])]
-        return torch.stack(means).unflatten(0, (-1, 2))
+        means = []
+        for words in sides:
+            pairs = zip(self._encode(words), words, strict=True)
+            features = [context[self._count(text) + 1] for context, text in pairs]
+            means.append(torch.stack(features).float().mean(0))
+        return torch.stack(means).view(len(self.plan.labels), 2, -1)
 
 
 @contextmanager

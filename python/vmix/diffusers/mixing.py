@@ -72,9 +72,10 @@ def load_vmix(
         pipe: a pipeline with a `UNet2DConditionModel`; compiled, offloaded or with LoRAs is fine.
         adapter_or_preset: a file, an `Adapter` or the `Values` of one selection.
         selection: the labels, for an adapter: a name, a list of names, a dictionary of weights,
-            "all" (of trained adapters alone) or "none"; the file's default weights if None. A label that is left out is at its
-            neutral weight, or at 0 where it has none: that is its negative text, which changes the
-            picture too. A list of selections has one for every image of a batch, see `set_vmix`.
+            "all" (of trained adapters alone) or "none"; the file's default weights if None. A label
+            that is left out is at its neutral weight, or at 0 where it has none: that is its
+            negative text, which changes the picture too. A list of selections has one for every
+            image of a batch, see `set_vmix`.
         scale: λ of eq. 9; a number or a dictionary per block, see `set_vmix_scale`.
         apply_to: the passes of classifier-free guidance that are mixed: "cond", "both", or
             "contrast" (the selection on cond, its opposite on uncond); the file's own if None.

@@ -62,7 +62,7 @@ def draw_preview(
 
 
 def _grid(rows: Sequence[tuple[str, str, Sequence[tuple[float, Image.Image]]]]) -> Image.Image:
-    columns = (-1.0, -0.5, 0.0, 0.5, 1.0)
+    columns = [-1.0, -0.5, 0.0, 0.5, 1.0]
     if not any(weight < 0 for _, _, images in rows for weight, _ in images):
         columns = columns[2:]
     font = ImageFont.load_default(12)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from vmix import Adapter, VMixError
+from vmix import VMixError
 from vmix.fit.errors import FitError
 from vmix.fit.labels import LABEL_SETS, FitLabel, read_labels
 from vmix.fit.prompts import CHECK, bare, read_prompts
@@ -23,8 +23,8 @@ from vmix.fit.report import Effect, table
 DESCRIPTION = """\
 Fit labels on a checkpoint from their words, and write the adapter.
 
-A few prompts are drawn. What a label's words would change in every cross-attention layer is found by
-least squares: forward passes alone, in the memory that drawing takes. The adapter is for this
+A few prompts are drawn. What a label's words would change in every cross-attention layer is found
+by least squares: forward passes alone, in the memory that drawing takes. The adapter is for this
 checkpoint; on others of the same family it does roughly the same. docs/fitting.md says more."""
 
 EPILOG = """\
@@ -37,7 +37,8 @@ Examples:
   vmix fit --base sdxl.safetensors --label "light: bright | dark" --label "calm: calm mood"
   --out light.safetensors --preview light.png
 
-  vmix fit --base turbo.safetensors --labels mine.toml --steps 4 --guidance 0 --out my.safetensors """
+  vmix fit --base turbo.safetensors --labels mine.toml --steps 4 --guidance 0
+  --out my.safetensors """
 
 DTYPES = {"f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 
@@ -50,15 +51,15 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = made.add_argument
-    add("-b", "--base", required=True, metavar="CHECKPOINT", help="A .safetensors file as ComfyUI "
-        "loads it, SD1.5 or SDXL; or a folder of a diffusers pipeline.")  # fmt: skip
+    add("-b", "--base", required=True, metavar="CHECKPOINT", help="A .safetensors file as "
+        "ComfyUI loads it, SD1.5 or SDXL; or a folder of a diffusers pipeline.")  # fmt: skip
     add("-o", "--out", type=Path, required=True, metavar="FILE", help="The adapter to write.")
     add("-f", "--force", action="store_true", help="Replace it if there is one.")
     words = made.add_mutually_exclusive_group()
     words.add_argument("-L", "--labels", metavar="FILE", help="A fit_labels.toml; or one of the "
         f"sets that come along: {', '.join(LABEL_SETS)}. Else the default set.")  # fmt: skip
-    words.add_argument("-l", "--label", action="append", default=[], metavar="LABEL", help="A label "
-        'as "NAME", "NAME: WORDS" or "NAME: WORDS | OPPOSITE WORDS"; may be repeated.')  # fmt: skip
+    words.add_argument("-l", "--label", action="append", default=[], metavar="LABEL", help="A "
+        'label as "NAME", "NAME: WORDS" or "NAME: WORDS | OPPOSITE WORDS"; may be repeated.')  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="A prompt on each line; {words} is where a "
         "label's words go, else they are appended. Else forty that come along.")  # fmt: skip
     add("--steps", type=int, default=8, help="Steps for each prompt; 8 unless given.")
@@ -75,8 +76,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", help="cuda, cpu, mps …; a GPU where there is one, unless given.")
     add("--dtype", choices=tuple(DTYPES), help="Of the base; f16 on a GPU, else f32, unless given.")
     add("--offload", action="store_true", help="Keep on the GPU only the part that is computing.")
-    add("--prediction-type", choices=("epsilon", "v_prediction"), help="Of a base that cannot say "
-        "it.")  # fmt: skip
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help="Of a base that does not "
+        "say it.")  # fmt: skip
     return made
 
 

@@ -1,4 +1,4 @@
-"""Rides on the cross-attention layers of a host while it draws, and adds up what words would change.
+"""Rides on the cross-attention layers of a drawing host and adds up what words would change.
 
 A layer computes as it always does, with its own kernels. Beside it, from what its projections
 returned, the attention map of the bare prompt is computed in f32, and the output that each side's
@@ -36,7 +36,7 @@ class Picture:
     prompt: int
     """Its position in the plan."""
     contexts: Tensor
-    """[K, C, d]: what the text encoder makes of the prompt with words, as `Plan.words` lists them."""
+    """[K, C, d]: contexts of the prompt with words, as `Plan.words` lists them."""
 
 
 class Collector:
@@ -45,8 +45,12 @@ class Collector:
         collector = Collector(layers, plan, sums)
         with collector.riding():
             collector.start(pictures)
-            …                               # the host draws them
+            …                               # the host draws them; after every step:
+            collector.progress = steps_done / steps
             collector.finish()
+
+    What a side changes differs from step to step, and one V_a serves all. Early steps decide most
+    of a picture, so a query counts (1 − progress)².
     """
 
     def __init__(
@@ -60,6 +64,8 @@ class Collector:
         `device` is where sums are kept, else that of each layer."""
         self.layers, self.plan, self.sums, self.device = layers, plan, sums, device
         self.pictures: Sequence[Picture] = ()
+        self.progress = 0.0
+        """How much of the sampling is done, from 0 to 1."""
         self.caught: dict[str, dict[str, Tensor]] = {}
         self.own = False  # whether it is us who calls a projection
 
@@ -82,7 +88,7 @@ class Collector:
             self.caught.clear()
 
     def start(self, pictures: Sequence[Picture]) -> None:
-        self.pictures = pictures
+        self.pictures, self.progress = pictures, 0.0
 
     def finish(self) -> None:
         """Checks what was added, and counts the prompts as done."""
@@ -147,7 +153,9 @@ class Collector:
             self._add_picture(
                 path,
                 picture.prompt,
-                *(_heads(caught[name][row], heads) for name in ("to_q", "to_k", "to_v")),
+                _heads(caught["to_q"][row], heads),
+                _heads(caught["to_k"][row], heads),
+                _heads(caught["to_v"][row], heads),
                 _heads(output[row], heads),
                 _heads(key, heads),
                 _heads(value, heads),
@@ -189,15 +197,18 @@ class Collector:
 
         sums = self._sums(path, heads, tokens, width, query.device)
         part = CHECK if plan.checks(prompt) else FIT
-        to = sums.moment.device
-        product, change, energy, wrong = (x.to(to) for x in (product, change, energy, wrong))
+        to, weight = sums.moment.device, max(0.0, 1 - self.progress) ** 2
+        parts = (product, change, energy, wrong)
+        product, change, energy, wrong = (x.to(to) * weight for x in parts)
         moment = product[..., :tokens]
-        cross = product[..., tokens:].unflatten(-1, (len(present), width)).permute(2, 0, 1, 3)
+        cross = (
+            product[..., tokens:].reshape(heads, tokens, len(present), width).permute(2, 0, 1, 3)
+        )
         for group, prompts in enumerate(plan.groups):
             if prompt in prompts:
                 sums.moment[part, group] += moment
                 sums.output[part, group] += energy
-                sums.queries[part, group] += queries
+                sums.queries[part, group] += queries * weight
         chosen = torch.tensor(present, device=to)
         sums.cross[part].index_add_(0, chosen, cross)
         sums.change[part].index_add_(0, chosen, change)
@@ -217,7 +228,7 @@ class Collector:
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """[…, n, H·E] as [..., H, n, E] in f32."""
-    return x.float().unflatten(-1, (heads, -1)).transpose(-3, -2)
+    return x.float().view(*x.shape[:-1], heads, -1).transpose(-3, -2)
 
 
 @contextmanager

@@ -24,12 +24,11 @@ LABEL_SETS: Mapping[str, Path] = {
 """What comes with the package."""
 
 # Those that `vmix init` gives to labels without a negative: rare tokens, which say nothing.
-RARE = frozenset(
-    (
-        "sks nmwx nlwx kprs bdg scd hns kts pgs bsf bgs tls pkk spp brs cbp hcs ttm smx csn slv "
-        "tmw cws lhp ntv bsp bln fbs mgt rcn"
-    ).split()
-)
+RARE = {
+    *("sks", "nmwx", "nlwx", "kprs", "bdg", "scd", "hns", "kts", "pgs", "bsf", "bgs", "tls"),
+    *("pkk", "spp", "brs", "cbp", "hcs", "ttm", "smx", "csn", "slv", "tmw", "cws", "lhp"),
+    *("ntv", "bsp", "bln", "fbs", "mgt", "rcn"),
+}
 _KEYS = ("name", "dimension", "positive", "negative", "range", "step", "display_names")
 
 
@@ -82,7 +81,7 @@ def read_labels(labels: Labels) -> tuple[FitLabel, ...]:
     elif isinstance(labels, Mapping):
         found = tuple(_of_entry(name, entry) for name, entry in labels.items())
     elif isinstance(labels, Sequence) and all(isinstance(one, FitLabel) for one in labels):
-        found = tuple(labels)
+        found = tuple(one for one in labels if isinstance(one, FitLabel))
     else:
         raise FitError(
             "labels: expected a file, or a mapping such as {'light': ('bright', 'dark')}, found "

@@ -40,7 +40,9 @@ def read_prompts(prompts: Prompts = None) -> tuple[str, ...]:
         raise FitError("prompts: expected texts, found something else")
     found = tuple(dict.fromkeys(prompt.strip() for prompt in prompts if prompt.strip()))
     if len(found) < 2:
-        raise FitError(f"prompts: expected at least 2, one of them to check with; found {len(found)}")
+        raise FitError(
+            f"prompts: expected at least 2, one of them to check with; found {len(found)}"
+        )
     return found
 
 

@@ -104,7 +104,7 @@ class _Norms:
             float(layer.change[:, side].sum()) / self.energies[path]
             for path, layer in self.sums.layers.items()
         ]
-        return (sum(shares) / len(shares)) ** 0.5
+        return float((sum(shares) / len(shares)) ** 0.5)
 
     def by_length(self, values: Mapping[str, Tensor]) -> dict[int, float]:
         """Sizes for prompts of about so many tokens, with the mean map of a layer's heads."""
@@ -135,7 +135,7 @@ def _direction(sides: Mapping[str, tuple[int, FittedSide]]) -> dict[str, Tensor]
 
 def _split(values: Tensor, heads: int) -> Tensor:
     """[C, inner_dim] as [H, C, E]"""
-    return values.double().unflatten(1, (heads, -1)).transpose(0, 1)
+    return values.double().view(len(values), heads, -1).transpose(0, 1)
 
 
 def _cosine(product: float, one: float, other: float) -> float:

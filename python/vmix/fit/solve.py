@@ -3,8 +3,8 @@
     V_a = argmin Σ‖a·V_a − Δ‖² + ridge·Σ_c m_c·‖V_a[c]‖²,   m_c = Σ a_c²
 
 a [C] is how a query attends to the tokens of the bare prompt, Δ what the words change. The ridge is
-relative to each token's own second moment m_c: the start token takes most of the attention of CLIP's
-models, and a ridge that is equal for all tokens would erase the others. Everything is in f64.
+relative to each token's own second moment m_c: with CLIP the start token takes most of the
+attention, and a ridge that is equal for all tokens would erase the others. All is in f64.
 """
 
 from __future__ import annotations

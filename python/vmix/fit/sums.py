@@ -24,11 +24,13 @@ LENGTHS = (5, 20, 60)
 
 def length_class(tokens: int) -> int:
     """By ratio: 10 tokens are as near to 5 as to 20."""
-    return min(range(len(LENGTHS)), key=lambda i: max(tokens, 1) / LENGTHS[i] + LENGTHS[i] / max(tokens, 1))
+    return min(
+        range(len(LENGTHS)), key=lambda i: max(tokens, 1) / LENGTHS[i] + LENGTHS[i] / max(tokens, 1)
+    )
 
 
 class LayerSums:
-    """Sums over the queries x of one layer, in f32, with H heads of width E.
+    """Weighted sums over the queries x of one layer, in f32, with H heads of width E.
 
     `a` is how a query attends to the C tokens of the bare prompt, `Δ` what a side's words change.
     The first axis, of size 2, tells the prompts of the fit from those to check with.
@@ -37,13 +39,15 @@ class LayerSums:
         cross   [2, S, H, C, E]   Σ a·Δ, for every side
         change  [2, S]            Σ ‖Δ‖²
         output  [2, G]            Σ ‖attention output‖²
-        queries [2, G]            their number
+        queries [2, G]            the sum of their weights
         lengths [3, C, C]         Σ a·aᵀ over heads, by length of the prompt
         length_output [3]         Σ ‖attention output‖²
         mismatch [2]              Σ ‖a·V_c − output‖² and Σ ‖output‖²
     """
 
-    def __init__(self, sides: int, groups: int, heads: int, tokens: int, width: int, device: Any) -> None:
+    def __init__(
+        self, sides: int, groups: int, heads: int, tokens: int, width: int, device: Any
+    ) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
