@@ -1,8 +1,9 @@
 /* Every function of vmix.h, called rightly and wrongly.
  *
- *     calls ADAPTER LINEAR INIT FOLDER
+ *     calls ADAPTER LINEAR INIT FOLDER FITTED
  *
- * Any layernorm adapter; the linear one and the init file of conftest.py; a folder to write into.
+ * Any layernorm adapter; the linear one and the init file of conftest.py; a folder to write into; the file
+ * that `vmix fit` wrote.
  * Run as it is, under valgrind and with AddressSanitizer. */
 #include <float.h>
 #include <math.h>
@@ -547,6 +548,43 @@ static void linear(const char *path, const char *folder) {
     vmix_adapter_free(adapter);
 }
 
+/* What `vmix fit` wrote (tests/data/fitted.safetensors). Its V_a is linear in the weight on either side
+ * of 0, and halves are exact. */
+static void fitted(const char *path) {
+    VmixAdapter *adapter = NULL;
+    OK(vmix_adapter_open(path, &adapter));
+    VmixAdapterInfo info = {.struct_size = sizeof info};
+    OK(vmix_adapter_info(adapter, &info));
+    CHECK(info.context_tokens == 32 && info.label_count == 1);
+    VmixLabel label;
+    POISON(label);
+    OK(vmix_adapter_label(adapter, 0, &label));
+    CHECK(strcmp(label.name, "light") == 0);
+    CHECK(strcmp(label.positive, "bright") == 0 && strcmp(label.negative, "dark") == 0);
+    CHECK(label.weight == 0 && label.neutral == 0 && label.low == -1.5f && label.high == 1.5f);
+    for (float sign = -1; sign <= 1; sign += 2) {
+        const float weights[] = {sign, sign / 2, 0};
+        VmixValues *values[3];
+        VmixView views[3];
+        for (int i = 0; i < 3; ++i) {
+            VmixValuesParams params = {sizeof params, &weights[i], 1, VMIX_APPLY_TO_DEFAULT, 0};
+            OK(vmix_adapter_values(adapter, &params, &values[i]));
+            views[i].struct_size = sizeof views[i];
+            OK(vmix_values_get(values[i], 0, VMIX_PASS_COND, &views[i]));
+        }
+        const float *whole = views[0].data, *half = views[1].data, *nothing = views[2].data;
+        float largest = 0;
+        for (int64_t i = 0; i < views[0].shape[1] * views[0].shape[3]; ++i) {
+            CHECK(whole[i] == 2 * half[i] && nothing[i] == 0);
+            largest = whole[i] > largest ? whole[i] : largest;
+        }
+        CHECK(largest > 0.01f);
+        for (int i = 0; i < 3; ++i)
+            vmix_values_free(values[i]);
+    }
+    vmix_adapter_free(adapter);
+}
+
 static void same_values(const VmixValues *a, const VmixValues *b) {
     VmixValuesInfo info = {.struct_size = sizeof info};
     OK(vmix_values_info(a, &info));
@@ -622,13 +660,14 @@ static void files_that_go(const char *path, const char *folder) {
 }
 
 int main(int argc, char **argv) {
-    CHECK(argc == 5);
+    CHECK(argc == 6);
     const char *folder = argv[4];
     library();
     opening(argv[1]);
     refusing_init(argv[3]);
     linear(argv[2], folder);
     files_that_go(argv[1], folder);
+    fitted(argv[5]);
     VmixAdapter *adapter = NULL;
     OK(vmix_adapter_open(argv[1], &adapter));
     describing(adapter);

@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ADAPTER = ROOT / "comfy_nodes/demo/adapter.safetensors"
 # What it was made from.
 MATRICES = ROOT / "tests/data/demo_matrices.safetensors"
+FITTED = ROOT / "tests/data/fitted.safetensors"
 SUFFIX = "dylib" if sys.platform == "darwin" else "so"
 
 STRICT = ["-Wall", "-Wextra", "-Wpedantic", "-Werror", "-O1", "-g"]

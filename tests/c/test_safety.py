@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import vmix
-from conftest import ADAPTER, ROOT, Files, run, tool
+from conftest import ADAPTER, FITTED, ROOT, Files, run, tool
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -24,7 +24,7 @@ linux_only = pytest.mark.skipif(sys.platform != "linux", reason="measures throug
 
 
 def test_every_function_rightly_and_wrongly(build: Build, files: Files, tmp_path: Path) -> None:
-    run(build("tests/c/calls.c"), ADAPTER, files.linear, files.init, tmp_path)
+    run(build("tests/c/calls.c"), ADAPTER, files.linear, files.init, tmp_path, FITTED)
 
 
 @pytest.mark.parametrize("source", ["tests/c/calls.c", "examples/c/host.c"])
@@ -32,7 +32,7 @@ def test_valgrind_finds_nothing(build: Build, files: Files, tmp_path: Path, sour
     # What is only "possibly lost" are the threads of rayon's pool, which live to the end.
     leaks = ["--leak-check=full", "--errors-for-leak-kinds=definite,indirect"]
     leaks += ["--show-leak-kinds=definite,indirect"]
-    more = [files.linear, files.init, tmp_path] if source.startswith("tests") else []
+    more = [files.linear, files.init, tmp_path, FITTED] if source.startswith("tests") else []
     run(tool("valgrind"), "-q", "--error-exitcode=9", *leaks, build(source), ADAPTER, *more)
 
 
@@ -80,7 +80,7 @@ def build_with_tsan(folder: Path, source: str) -> Path:
 @pytest.mark.parametrize("source", ["tests/c/calls.c", "tests/c/threads.c", "examples/c/host.c"])
 def test_address_sanitizer_finds_nothing(files: Files, tmp_path: Path, source: str) -> None:
     program = build_with_asan(tmp_path, source)
-    of_calls = [files.linear, files.init, tmp_path]
+    of_calls = [files.linear, files.init, tmp_path, FITTED]
     arguments = {"calls": of_calls, "threads": ["200"], "host": []}[Path(source).stem]
     # An allocation that is refused is one of the calls.
     environment = {**os.environ, "ASAN_OPTIONS": "allocator_may_return_null=1:detect_leaks=1"}

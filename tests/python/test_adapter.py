@@ -657,7 +657,8 @@ def test_features_of_a_linear_file() -> None:
     tensors["aes_emb"] = torch.randn(2, 2, 9, dtype=torch.bfloat16)
     adapter = vmix.Adapter.from_tensors(tensors, said)
     assert (adapter.context_dim, adapter.project()) == (9, None)
-    assert torch.equal(tensor(adapter.aes_embed("all")), tensors["aes_emb"][:, 0].float())
+    every = dict.fromkeys(adapter.weights(), 1.0)
+    assert torch.equal(tensor(adapter.aes_embed(every)), tensors["aes_emb"][:, 0].float())
 
 
 def test_coefficients_beyond_float32() -> None:
@@ -791,8 +792,9 @@ def test_the_papers_matrices_are_no_file(tmp_path: Path) -> None:
 
 def everything(adapter: vmix.Adapter) -> list[Any]:
     """All that an adapter computes or holds."""
-    values = adapter.values("all", apply_to="contrast", dtype="float16")
-    found: list[Any] = [adapter.coefficients([None, "all"]), adapter.aes_embed(), adapter.project()]
+    every = dict.fromkeys(adapter.weights(), 1.0)
+    values = adapter.values(every, apply_to="contrast", dtype="float16")
+    found: list[Any] = [adapter.coefficients([None, every]), adapter.aes_embed(), adapter.project()]
     for path in adapter.rows:
         found += [adapter.rows[path], values[path], values.uncond(path)]
     found += list(adapter.tensors().values())

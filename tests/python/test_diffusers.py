@@ -547,6 +547,31 @@ def test_says_what_a_fitted_adapter_was_made_for(caplog: Any) -> None:
     made = adapter.metadata | {"vmix.made": '{"method": "fitted", "base": "dream shaper"}'}
     load_vmix(pipe, Adapter.from_tensors(adapter.tensors(), made))
     assert caplog.messages == ["VMix: this adapter was fitted on dream shaper"]
+    caplog.clear()
+    pipe.register_to_config(_name_or_path="models/dream shaper")
+    load_vmix(pipe, Adapter.from_tensors(adapter.tensors(), made))
+    assert not caplog.messages
+
+
+def test_says_when_every_label_is_where_it_changes_nothing(caplog: Any) -> None:
+    pipe = tiny.pipeline()
+    _, adapter = make(pipe.unet)
+    labels = [
+        {**label, "default": 0, "neutral": 0}
+        for label in json.loads(adapter.metadata["vmix.labels"])
+    ]
+    still = Adapter.from_tensors(
+        adapter.tensors(), adapter.metadata | {"vmix.labels": json.dumps(labels)}
+    )
+    load_vmix(pipe, still)
+    assert caplog.messages == [
+        "VMix: every label is at weight 0, which changes nothing: move one, as in "
+        "set_vmix(pipe, {'light': 1})"
+    ]
+    caplog.clear()
+    load_vmix(pipe, still, "light")
+    load_vmix(pipe, still, "none")
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])

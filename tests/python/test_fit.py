@@ -113,7 +113,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        mixed = scaled_dot_product_attention(*map(self.split, (q, k, v)))
+        mixed = scaled_dot_product_attention(self.split(q), self.split(k), self.split(v))
         out: Tensor = self.to_out[1](self.to_out[0](mixed.transpose(1, 2).flatten(2)))
         return out
 
@@ -153,8 +153,8 @@ def collected(
     batches: Iterable[Sequence[int]] | None = None,
     tells: bool = True,
 ) -> Sums:
-    """Draws the prompts as a host does: with guidance, its conditional half last; it `tells` how far
-    it is, or does not."""
+    """Draws the prompts as a host does: with guidance, its conditional half last, and telling how
+    far it is, or not."""
     sums = Sums({})
     collector = Collector(layers, plan, sums)
     with collector.riding():
@@ -175,8 +175,8 @@ def collected(
 
 @dataclass
 class Seen:
-    """What one layer did for one prompt, in f64: all queries of all steps, each times the root of its
-    weight."""
+    """What one layer did for one prompt, in f64: all queries of all steps, each times the root of
+    its weight."""
 
     weight: float  # of all queries
     a: Tensor  # [H, n, C]
@@ -484,6 +484,23 @@ def test_hooks_are_for_as_long_as_it_rides(fit: Fit) -> None:
     assert after == before
 
 
+def test_products_are_exact_under_autocast(fit: Fit) -> None:
+    """Of what the projections returned, which may be rounded to bf16."""
+    path, layer = "down.attn2", fit.layers["down.attn2"]
+    x, context = noise(path, 0, 0)[None], encode(["house"])
+    told = encode([text for _, text in fit.plan.words(0)])
+    sums = Sums({})
+    collector = Collector({path: layer}, fit.plan, sums)
+    with torch.autocast("cpu", torch.bfloat16), collector.riding():
+        collector.start([Picture(0, 0, told)])
+        layer(x, context)
+        q, k = layer.to_q(x)[0], layer.to_k(context)[0]
+    assert q.dtype == torch.bfloat16
+    q, k = layer.split(q.double()), layer.split(k.double())
+    a = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+    assert difference(sums.layers[path].moment[FIT, 0], a.mT @ a) < 1e-6  # f32
+
+
 def test_what_runs_outside_of_a_picture_is_not_added(fit: Fit) -> None:
     sums = Sums({})
     layer = fit.layers["up.attn2"]
@@ -633,9 +650,10 @@ def test_every_turn_leaves_less_over(fit: Fit, monkeypatch: pytest.MonkeyPatch) 
     for side in range(len(fit.plan.sides)):
         for rank in (1, 2, 4):
             left = []
-            for turns in (0, 1, 2, 3, 8):
-                monkeypatch.setattr(solve, "TURNS", turns)
-                left.append(left_over(fit.exact, fit.plan, side, side_of(fit, side, rank)))
+            for turns in (0, 1, 2, solve.TURNS, 20):
+                with monkeypatch.context() as patch:
+                    patch.setattr(solve, "TURNS", turns)
+                    left.append(left_over(fit.exact, fit.plan, side, side_of(fit, side, rank)))
             # The profile is rounded to f32 at the end.
             assert all(more <= less + 1e-6 for less, more in pairwise(left))
             assert left[-1] < left[0] * (1 - 1e-4)
@@ -771,25 +789,23 @@ class Measured:
 
     def __init__(self, fit: Fit, fitted: Fitted) -> None:
         self.fit, self.fitted = fit, fitted
-        group = max(fit.plan.groups, key=len)
-        self.prompts = [*group]
+        self.prompts = max(fit.plan.groups, key=len)
 
     def values(self, label: str, sides: Sequence[str]) -> dict[str, Tensor]:
         signs = {"positive": 1, "negative": -1} if len(sides) > 1 else {sides[0]: 1}
+        found = {side: self.fitted.sides[label, side] for side in signs}
         return {
-            path: sum(
-                sign * self.fitted.sides[label, side].values(path) for side, sign in signs.items()
+            path: torch.stack([signs[side] * one.values(path) for side, one in found.items()]).sum(
+                0
             )
             for path in self.fit.layers
         }
 
-    def product(
-        self, one: Mapping[str, Tensor], other: Mapping[str, Tensor], prompts: Sequence[int] = ()
-    ) -> float:
+    def product(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
         shares = []
         for path, layer in self.fit.layers.items():
             v, w = (x[path].unflatten(1, (layer.heads, -1)).transpose(0, 1) for x in (one, other))
-            seen = [self.fit.seen[path][i] for i in prompts or self.prompts]
+            seen = [self.fit.seen[path][i] for i in self.prompts]
             energy = sum(float(s.output.square().sum()) for s in seen)
             shares.append(sum(float((s.a @ v).mul(s.a @ w).sum()) for s in seen) / energy)
         return sum(shares) / len(shares)
@@ -903,7 +919,8 @@ GOOD = {
         ({"cosine_nearest": 0.9}, "tone", ["light.*nearly the same as 'tone'"]),
         ({"cosine_nearest": -0.9}, "tone", ["light.*nearly the opposite of 'tone'"]),
         ({"cosine_nearest": 0.5}, "tone", []),
-        ({"words_positive": 0.0, "cosine_sides": 0.9}, None, ["hardly", "both sides"]),
+        # Which way they go is chance.
+        ({"words_positive": 0.0, "cosine_sides": 0.9}, None, ["hardly"]),
     ],
 )
 def test_warnings(numbers: dict[str, float], nearest: str | None, said: list[str]) -> None:
@@ -1004,7 +1021,7 @@ def test_all_labels_at_once_are_refused(fit: Fit, tmp_path: Path) -> None:
     file = saved(solved(fit.plan, fit.exact), tmp_path)
     for other in (file, Adapter.open(tmp_path / "fitted.safetensors")):
         with pytest.raises(ValueError, match="light, calm, sharp"):
-            other.weights("all")  # type: ignore[attr-defined]
+            other.weights("all")
 
 
 # --- the plan ---

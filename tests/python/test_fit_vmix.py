@@ -331,6 +331,7 @@ def test_collecting_changes_no_picture(pipe: Any, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("error", [None, RuntimeError("no"), KeyboardInterrupt()])
 def test_nothing_is_left_on_the_pipeline(error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = load()
+    pipe.set_progress_bar_config(disable=True, desc="mine")
     before, bar = traces(pipe.unet), dict(pipe._progress_bar_config)
     drawn(pipe)
     with monkeypatch.context() as patch:
@@ -429,16 +430,14 @@ def test_half_precision(pipe: Any, dtype: torch.dtype) -> None:
 
 def test_with_a_lora(plain: Run) -> None:
     """It is part of the model: the same as if its weights had been merged."""
-    found = []
-    for merged in (False, True):
-        pipe = load()
-        pipe.load_lora_weights(tiny.lora(pipe.unet))
-        if merged:
-            pipe.fuse_lora()
-        found.append(run(pipe))
-    assert sums_differ(*(one.sums for one in found)) < 1e-4
-    assert values_differ(*found) < 1e-3
-    assert values_differ(plain, found[0]) > 0.1
+    pipe = load()
+    pipe.load_lora_weights(tiny.lora(pipe.unet))
+    found = run(pipe)
+    pipe.fuse_lora()
+    merged = run(pipe)
+    assert sums_differ(merged.sums, found.sums) < 1e-4
+    assert values_differ(merged, found) < 1e-3
+    assert values_differ(plain, found) > 0.1
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("no")])
@@ -567,7 +566,7 @@ def test_schedulers(name: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["sd15", "sdxl"])
-def test_known_bases_are_recognized(base: str) -> None:
+def test_known_bases_are_recognized(base: Any) -> None:
     """By their layers' widths, as their files have them; without weights."""
     config = json.loads((CONFIGS / base / "unet" / "config.json").read_text())
     with torch.device("meta"):
@@ -1140,8 +1139,3 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == ["vmix fit: --base: nothing: no such file or folder"]
-
-
-def test_the_demo_brings_what_these_tests_need() -> None:
-    config = json.loads((MODEL / "unet" / "config.json").read_text())
-    assert (config["cross_attention_dim"], config["sample_size"]) == (96, 8)

@@ -255,7 +255,7 @@ fn coefficients_times_rows_are_values() {
     for adapter in [small().adapter().unwrap(), linear().opened().unwrap()] {
         let rows = adapter.row_sides().len();
         let selections = [
-            Selection::All,
+            Selection::only(["natural lighting"]),
             Selection::None,
             Selection::weights([("sharp focus", -0.7), ("vibrant color", 1.3)]),
         ];
@@ -394,5 +394,43 @@ fn values_are_shared_between_threads() {
         tensors
             .iter()
             .all(|tensor| Arc::ptr_eq(tensor, &tensors[0]))
+    );
+}
+
+/// What `vmix fit` wrote: `light: bright | dark` on the demo's model, rank 2.
+#[test]
+fn a_fitted_adapter_is_like_any_other() {
+    let adapter = vmix::Adapter::open("tests/data/fitted.safetensors").unwrap();
+    let label = &adapter.labels()[0];
+    assert_eq!((label.default, label.neutral), (0.0, Some(0.0)));
+    assert_eq!(label.range, [-1.5, 1.5]);
+    assert!(label.effect["explained_negative"] > 0.5);
+    let layer = "mid_block.attentions.0.transformer_blocks.0.attn2";
+    let at = |selection: &Selection| {
+        let values = adapter.values(selection, ApplyTo::Cond, DType::F32);
+        values.unwrap().get(layer).unwrap().to_f32()
+    };
+    let profile = adapter.tensors().unwrap()["profile"].to_f32();
+    let rows = adapter.rows(layer).unwrap().to_f32();
+    let (tokens, count) = (adapter.context_tokens(), adapter.row_sides().len());
+    let width = rows.len() / count;
+    for (weight, first) in [(1.0, 0), (-1.0, count / 2)] {
+        let found = at(&Selection::weights([("light", weight)]));
+        for c in 0..tokens {
+            for j in 0..width {
+                let terms = (first..first + count / 2)
+                    .map(|r| f64::from(profile[c * count + r]) * f64::from(rows[r * width + j]));
+                let expected: f64 = terms.sum();
+                // A few products in f32.
+                let difference = (f64::from(found[c * width + j]) - expected).abs();
+                assert!(difference <= 1e-5 * (1.0 + expected.abs()), "{c} {j}");
+            }
+        }
+    }
+    assert!(at(&Selection::Default).iter().all(|x| *x == 0.0));
+    let error = adapter.weights(&Selection::All).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "selection: expected labels of a linear adapter by name: light, found `all`"
     );
 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import json
 import logging
 import os
 import time
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vmix import Adapter, VMixError, ldm_name, unet_layers
-from vmix.diffusers.mixing import _check_fusing, _cross_attentions, _linear, _unet
+from vmix.diffusers.mixing import _check_fusing, _cross_attentions, _linear, _number, _unet
 from vmix.fit import (
     Collector,
     FitError,
@@ -92,17 +94,27 @@ def fit_vmix(
     `adapter.labels[i].effect` has numbers for each label and `adapter.made["warnings"]` what looks
     wrong; the log says both.
     """
+    for name, value in (("steps", steps), ("batch_size", batch_size)):
+        if type(value) is not int or value < 1:
+            raise VMixError(f"{name}: expected a whole number from 1, found {value!r}")
+    if dtype not in _DTYPES:
+        raise VMixError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
+    if guidance_scale is not None:
+        guidance_scale = _number("guidance_scale", guidance_scale)
+    file = None if sums is None else Path(sums)
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise VMixError(f"sums: expected a file in a folder that exists, found {file}")
     try:
         fit = _Fit(pipe, labels, prompts, steps, guidance_scale, rank, height, width, seed, made)
-        fit.collect(batch_size, None if sums is None else Path(sums))
-        fitted = fit.solve(dtype)
+        fit.collect(batch_size, file)
+        fitted = fit.solve(_DTYPES[dtype])
     except FitError as error:
         raise VMixError(str(error)) from error
     adapter = Adapter.from_tensors(dict(fitted.tensors), dict(fitted.metadata))
     for warning in fitted.warnings:
         _LOG.warning("VMix: %s", warning)
-    if sums is not None:
-        Path(sums).unlink(missing_ok=True)
+    if file is not None:
+        file.unlink(missing_ok=True)
     return adapter
 
 
@@ -139,12 +151,23 @@ class _Fit:
         if not self.attns:
             raise VMixError("pipe: expected a U-Net with cross-attention (attn2), found none")
         _check_fusing(self.unet, self.attns)
-        if not isinstance(steps, int) or steps < 1:
-            raise VMixError(f"steps: expected a whole number from 1, found {steps!r}")
+        for path, attn in self.attns.items():
+            if getattr(attn, "norm_cross", None) is not None:
+                raise VMixError(f"{path}: expected attention without a norm of its context")
+        for name in ("tokenizer", "text_encoder"):
+            if getattr(pipe, name, None) is None:
+                raise VMixError(f"pipe: expected one with a text encoder, found no {name}")
+        for name, pixels in (("height", height), ("width", width)):
+            unit = pipe.vae_scale_factor
+            if pixels is not None and (type(pixels) is not int or pixels < 1 or pixels % unit):
+                raise VMixError(f"{name}: expected a multiple of {unit}, found {pixels!r}")
         self.tokens = int(pipe.tokenizer.model_max_length)
         check_rank(rank, self.tokens)
         self.steps, self.rank, self.seed = steps, rank, seed
-        self.made = dict(made or {})
+        try:
+            self.made = json.loads(json.dumps(dict(made or {})))
+        except (TypeError, ValueError) as error:
+            raise VMixError(f"made: expected what JSON can hold: {error}") from None
         self.guidance, self.size = guidance_scale, (height, width)
         self.plan = Plan(read_labels(labels), read_prompts(prompts), self._count, self.tokens)
         for prompt in self.plan.too_long:
@@ -174,7 +197,9 @@ class _Fit:
         for name in ("tokenizer", "tokenizer_2"):
             if (tokenizer := getattr(self.pipe, name, None)) is not None:
                 converted = self.pipe.maybe_convert_prompt(text, tokenizer)
-                counts.append(len(tokenizer(converted, verbose=False).input_ids) - 2)
+                # With a length that none reaches, so that nothing is said of long ones.
+                ids = tokenizer(converted, truncation=True, max_length=2**16).input_ids
+                counts.append(len(ids) - 2)
         return max(counts)
 
     @torch.no_grad()
@@ -185,6 +210,8 @@ class _Fit:
             self.sums.load(file, device or self.pipe._execution_device)
         todo = [i for i in range(len(self.plan.prompts)) if i not in self.sums.done]
         todo = [i for i in todo if self.plan.words(i)]
+        if not todo:
+            return
         collector = Collector(self.attns, self.plan, self.sums, device)
         bar = tqdm(total=len(todo) * self.steps, desc="fitting", unit="step")
         with bar, _paused(self.unet), _quiet(self.pipe), collector.riding():
@@ -271,19 +298,19 @@ class _Fit:
         )
 
     @torch.no_grad()
-    def solve(self, dtype: str) -> Fitted:
-        if dtype not in _DTYPES:
-            raise VMixError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
+    def solve(self, dtype: torch.dtype) -> Fitted:
         base, ldm_names = self._layout()
         name = getattr(self.pipe.config, "_name_or_path", "") or ""
-        guidance = self.pipe._guidance_scale
+        guidance = self.guidance
+        if guidance is None:
+            guidance = inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
         return fitted_adapter(
             self.plan,
             self.sums,
             base=base,
             ldm_names=ldm_names,
             rank=self.rank,
-            dtype=_DTYPES[dtype],
+            dtype=dtype,
             aes_emb=self._aes_emb(),
             made={
                 **({"base": Path(name).name} if name else {}),

@@ -122,9 +122,20 @@ def load_vmix(
     state.watch_steps(unet)
     unet._vmix = state
     unet.fuse_qkv_projections = state.refuse_fusing
-    if isinstance(source, Adapter) and source.made["method"] != "trained" and _made_for(source):
-        # On another checkpoint, fitted labels do roughly the same, and not exactly.
-        _LOG.warning("VMix: this adapter was fitted on %s", _made_for(source))
+    if isinstance(source, Adapter) and source.made["method"] != "trained":
+        base = _made_for(source)
+        ours = getattr(getattr(pipe, "config", None), "_name_or_path", None)
+        if base and base != os.path.basename(ours or ""):
+            # On another checkpoint, fitted labels do roughly the same, and not exactly.
+            _LOG.warning("VMix: this adapter was fitted on %s", base)
+    labels = source.labels if selection is None and isinstance(source, Adapter) else []
+    if labels and all(label.default == label.neutral for label in labels):
+        _LOG.warning(
+            "VMix: every label is at weight %g, which changes nothing: move one, as in "
+            "set_vmix(pipe, {%r: 1})",
+            labels[0].default,
+            labels[0].name,
+        )
 
 
 def set_vmix(pipe: Any, selection: Selections, adapter_name: str = "default") -> None:

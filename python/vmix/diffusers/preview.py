@@ -14,6 +14,7 @@ from vmix.diffusers.mixing import load_vmix, set_vmix, unload_vmix
 __all__ = ["draw_preview"]
 
 _CELL, _GAP, _EDGE, _LINE = 192, 6, 16, 18
+_WEIGHTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 _INK, _FAINT = "#1f2328", "#656d76"
 
 
@@ -51,8 +52,8 @@ def draw_preview(
     load_vmix(pipe, adapter, adapter_name="preview")
     try:
         for label in adapter.labels:
-            low = (-1.0, -0.5) if label.range[0] < 0 else ()
-            weights = (*low, 0.0, 0.5, 1.0)
+            low, high = label.range
+            weights = [weight for weight in _WEIGHTS if low <= weight <= high]
             for prompt in prompts:
                 images = drawn(prompt, [{label.name: weight} for weight in weights])
                 rows.append((label.name, prompt, [*zip(weights, images, strict=True)]))
@@ -62,9 +63,8 @@ def draw_preview(
 
 
 def _grid(rows: Sequence[tuple[str, str, Sequence[tuple[float, Image.Image]]]]) -> Image.Image:
-    columns = [-1.0, -0.5, 0.0, 0.5, 1.0]
-    if not any(weight < 0 for _, _, images in rows for weight, _ in images):
-        columns = columns[2:]
+    drawn = {weight for _, _, images in rows for weight, _ in images}
+    columns = [weight for weight in _WEIGHTS if weight in drawn]
     font = ImageFont.load_default(12)
     height = _LINE + _CELL + _GAP
     page = Image.new(

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from vmix import VMixError
+from vmix import Adapter, VMixError
 from vmix.fit.errors import FitError
 from vmix.fit.labels import LABEL_SETS, FitLabel, read_labels
 from vmix.fit.prompts import CHECK, bare, read_prompts
@@ -59,7 +59,8 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("-L", "--labels", metavar="FILE", help="A fit_labels.toml; or one of the "
         f"sets that come along: {', '.join(LABEL_SETS)}. Else the default set.")  # fmt: skip
     words.add_argument("-l", "--label", action="append", default=[], metavar="LABEL", help="A "
-        'label as "NAME", "NAME: WORDS" or "NAME: WORDS | OPPOSITE WORDS"; may be repeated.')  # fmt: skip
+        'label as "NAME", "NAME: WORDS" or "NAME: WORDS | OPPOSITE WORDS"; may be '
+        "repeated.")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="A prompt on each line; {words} is where a "
         "label's words go, else they are appended. Else forty that come along.")  # fmt: skip
     add("--steps", type=int, default=8, help="Steps for each prompt; 8 unless given.")
@@ -98,19 +99,24 @@ def typed_label(text: str) -> FitLabel:
 
 def fit(args: argparse.Namespace) -> None:
     # What is wrong with the arguments is said before a base is loaded.
+    if args.out.is_dir():
+        raise FitError(f"--out {args.out}: expected a file, found a folder")
     if args.out.exists() and not args.force:
         raise FitError(f"{args.out}: exists; --force replaces it")
     for path in (args.out, args.preview):
         if path is not None and not path.parent.is_dir():
             raise FitError(f"{path}: no folder {path.parent}")
+    if args.preview and args.preview.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise FitError(f"--preview {args.preview}: expected a .png, .jpg or .webp file")
     for key in ("steps", "batch_size", "size"):
         if (value := getattr(args, key)) is not None and value < 1:
             raise FitError(f"--{key.replace('_', '-')}: expected 1 or more, found {value}")
+    if args.size and args.size % 8:
+        raise FitError(f"--size: expected a multiple of 8, found {args.size}")
     labels = read_labels([*map(typed_label, args.label)] or args.labels or "default")
     prompts = read_prompts(args.prompts)
 
     from vmix.diffusers import fit_vmix
-    from vmix.diffusers.preview import draw_preview
 
     pipe = _load(args)
     sums = args.out.with_name(f"{args.out.name}.sums")
@@ -137,19 +143,28 @@ def fit(args: argparse.Namespace) -> None:
         print(f"warning: {warning}")
     print(f"see {args.out}")
     if args.preview:
-        checks = [bare(prompt) for i, prompt in enumerate(prompts) if i % CHECK == CHECK - 1]
-        grid = draw_preview(
-            pipe,
-            adapter,
-            (checks or [bare(prompts[-1])])[:2],
-            guidance_scale=args.guidance,
-            steps=max(args.steps, 20) if args.steps >= 8 else args.steps,
-            size=args.size,
-            batch_size=args.batch_size,
-            seed=args.seed,
-        )
-        grid.save(args.preview)
-        print(f"see {args.preview}")
+        try:
+            _preview(args, pipe, adapter, prompts)
+        except KeyboardInterrupt:
+            raise SystemExit(f"\nvmix fit: stopped before {args.preview} was drawn") from None
+
+
+def _preview(args: argparse.Namespace, pipe: Any, adapter: Adapter, prompts: Sequence[str]) -> None:
+    from vmix.diffusers.preview import draw_preview
+
+    checks = [bare(prompt) for i, prompt in enumerate(prompts) if i % CHECK == CHECK - 1]
+    grid = draw_preview(
+        pipe,
+        adapter,
+        (checks or [bare(prompts[-1])])[:2],
+        guidance_scale=args.guidance,
+        steps=max(args.steps, 20) if args.steps >= 8 else args.steps,
+        size=args.size,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    grid.save(args.preview)
+    print(f"see {args.preview}")
 
 
 def _load(args: argparse.Namespace) -> Any:
@@ -173,10 +188,15 @@ def _load(args: argparse.Namespace) -> Any:
     except (OSError, RuntimeError, SafetensorError) as error:
         raise FitError(f"--base {args.base}: {' '.join(str(error).split())}") from error
     pipe.to(dtype=dtype)
-    if args.offload:
-        pipe.enable_model_cpu_offload(device=device)
-    else:
-        pipe.to(device)
+    try:
+        if args.offload:
+            pipe.enable_model_cpu_offload(device=device)
+        else:
+            pipe.to(device)
+    except (AssertionError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise FitError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return pipe
 
 
@@ -196,8 +216,9 @@ def _hash(base: Path) -> dict[str, str]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
-    logging.getLogger("vmix").addHandler(logging.NullHandler())  # warnings are in the table
-    logging.getLogger("vmix").propagate = False
+    logger = logging.getLogger("vmix")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # what it warns of is printed below the table
     try:
         fit(args)
     except (FitError, VMixError) as error:
@@ -212,6 +233,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(f"vmix fit: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("\nvmix fit: stopped. The same command goes on where it was") from None
+    finally:
+        logger.setLevel(level)
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ class Collector:
         self.pictures: Sequence[Picture] = ()
         self.progress = 0.0
         """How much of the sampling is done, from 0 to 1."""
+        self.contexts: Tensor | None = None  # of all pictures, where the layers compute
         self.caught: dict[str, dict[str, Tensor]] = {}
         self.own = False  # whether it is us who calls a projection
 
@@ -88,12 +89,12 @@ class Collector:
             self.caught.clear()
 
     def start(self, pictures: Sequence[Picture]) -> None:
-        self.pictures, self.progress = pictures, 0.0
+        self.pictures, self.progress, self.contexts = pictures, 0.0, None
 
     def finish(self) -> None:
         """Checks what was added, and counts the prompts as done."""
         prompts = [picture.prompt for picture in self.pictures]
-        self.pictures = ()
+        self.pictures, self.contexts = (), None
         missing = [path for path in self.layers if path not in self.sums.layers]
         if missing:
             raise FitError(
@@ -123,8 +124,14 @@ class Collector:
 
     def _adding(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            caught = self.caught.pop(path, None)
-            if self.pictures and caught is not None and not self.own:
+            caught = self.caught.pop(path, {})
+            if self.pictures and not self.own:
+                if missing := {"to_q", "to_k", "to_v"} - caught.keys():
+                    raise FitError(
+                        f"layer {path}: expected that drawing runs its to_q, to_k, to_v and "
+                        f"to_out; it did not run {', '.join(sorted(missing))}. Are its projections "
+                        "fused?"
+                    )
                 self.own = True
                 try:
                     with torch.no_grad(), _exact(args[0].device):
@@ -138,13 +145,16 @@ class Collector:
         layer = self.layers[path]
         heads = int(layer.heads)
         context = caught["context"]
-        contexts = torch.cat([picture.contexts for picture in self.pictures])
+        if self.contexts is None or self.contexts.device != context.device:
+            contexts = torch.cat([picture.contexts for picture in self.pictures])
+            self.contexts = contexts.to(context.device)
+        contexts = self.contexts
         if context.shape[1:] != contexts.shape[1:]:
             raise FitError(
                 f"layer {path}: expected a context of {[*contexts.shape[1:]]}, tokens and width, "
                 f"found {[*context.shape[1:]]}"
             )
-        contexts = contexts.to(context)
+        contexts = contexts.to(context.dtype)
         keys, values = layer.to_k(contexts), layer.to_v(contexts)
         counts = [len(picture.contexts) for picture in self.pictures]
         split = zip(self.pictures, keys.split(counts), values.split(counts), strict=True)

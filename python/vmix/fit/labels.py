@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,20 +46,31 @@ class FitLabel:
     display_names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not self.name.strip() or self.name in ("all", "none"):
-            raise FitError(f"label {self.name!r}: expected a name; `all` and `none` are reserved")
+        what = f"label {self.name!r}"
+        if not self.name.strip() or "\0" in self.name or self.name in ("all", "none"):
+            raise FitError(f"{what}: expected a name; `all` and `none` are reserved")
+        for side in ("positive", "negative"):
+            object.__setattr__(self, side, _words(self.name, getattr(self, side)))
         if not self.positive:
-            raise FitError(f"label {self.name!r}: expected words for its positive side, found none")
+            raise FitError(f"{what}: expected words for its positive side, found none")
         for words in (*self.positive, *self.negative):
             self._check(words)
+        if self.range is not None:
+            low, high = self.range
+            if not -math.inf < low <= 0 <= high < math.inf or low == high:
+                raise FitError(
+                    f"{what}: expected a range from 0 or below to 0 or above, found {low} to {high}"
+                )
+        if self.step is not None and not 0 < self.step < math.inf:
+            raise FitError(f"{what}: expected a step above 0, found {self.step}")
 
     def _check(self, words: str) -> None:
-        if not words.strip():
+        if not words.strip() or "\0" in words:
             raise FitError(
                 f"label {self.name!r}: empty words change nothing. Leave `negative` out for a "
                 "label that has one side"
             )
-        if re.fullmatch(r"\[[^\]]*\]", words.strip()) or words.strip() in RARE:
+        if re.fullmatch(r"\[[^\]]*\]", words.strip()) or words.strip().lower() in RARE:
             raise FitError(
                 f"label {self.name!r}: {words!r} is a rare identifier, which means nothing to the "
                 "base before training. A fit needs words such as 'dark' or 'muted colors', or no "
@@ -110,7 +122,8 @@ def _of_file(path: Path) -> tuple[FitLabel, ...]:
         raise FitError(f"{path}: {error.strerror}") from None
     tables = entries.get("label")
     if [*entries] != ["label"] or not isinstance(tables, list):
-        raise FitError(f"{path}: expected [[label]] tables alone, found {', '.join(entries)}")
+        found = ", ".join(entries) or "nothing"
+        raise FitError(f"{path}: expected [[label]] tables alone, found {found}")
     return tuple(_of_table(path, table) for table in tables)
 
 
@@ -122,12 +135,21 @@ def _of_table(path: Path, table: Any) -> FitLabel:
         raise FitError(
             f"{path}: label {name!r}: expected the keys {', '.join(_KEYS)}; found {unknown[0]!r}"
         )
-    limits, step = table.get("range"), table.get("step")
-    for value in (*(limits or ()), *(() if step is None else (step,))):
-        if type(value) not in (int, float):
-            raise FitError(f"{path}: label {name!r}: expected numbers, found {value!r}")
-    if limits is not None and len(limits) != 2:
-        raise FitError(f"{path}: label {name!r}: expected range = [low, high], found {limits}")
+    limits, step, names = table.get("range"), table.get("step"), table.get("display_names", {})
+    pair = isinstance(limits, list) and len(limits) == 2 and all(map(_is_number, limits))
+    for key, fits, expected in (
+        ("range", limits is None or pair, "[low, high]"),
+        ("step", step is None or _is_number(step), "a number"),
+        (
+            "display_names",
+            isinstance(names, dict) and all(isinstance(one, str) for one in names.values()),
+            "a table of texts",
+        ),
+    ):
+        if not fits:
+            raise FitError(
+                f"{path}: label {name!r}: expected {key} to be {expected}, found {table[key]!r}"
+            )
     return FitLabel(
         name,
         _words(name, table.get("positive", name)),
@@ -135,8 +157,12 @@ def _of_table(path: Path, table: Any) -> FitLabel:
         str(table.get("dimension", "")),
         None if limits is None else (float(limits[0]), float(limits[1])),
         step,
-        dict(table.get("display_names", {})),
+        names,
     )
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
 
 
 def _of_entry(name: Any, entry: Any) -> FitLabel:

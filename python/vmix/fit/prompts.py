@@ -36,8 +36,8 @@ def read_prompts(prompts: Prompts = None) -> tuple[str, ...]:
         except OSError as error:
             raise FitError(f"{path}: {error.strerror}. Expected a file of prompts") from None
         prompts = [line for line in lines if not line.startswith("#")]
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        raise FitError("prompts: expected texts, found something else")
+    if not isinstance(prompts, Sequence) or not all(isinstance(one, str) for one in prompts):
+        raise FitError(f"prompts: expected a file or a list of texts, found {prompts!r}")
     found = tuple(dict.fromkeys(prompt.strip() for prompt in prompts if prompt.strip()))
     if len(found) < 2:
         raise FitError(

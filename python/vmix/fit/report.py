@@ -14,7 +14,7 @@ from vmix.fit.sums import LENGTHS, Sums
 
 __all__ = ["Effect", "measure", "table", "warnings"]
 
-SMALL = 0.03
+SMALL = 0.05
 """Of the attention output: words that change less than this are hardly seen in a picture."""
 UNEXPLAINED = 0.3
 ALIKE = 0.8
@@ -78,7 +78,7 @@ class _Norms:
     """Scalar products of values, as the base's attention weighs them."""
 
     def __init__(self, sums: Sums, plan: Plan) -> None:
-        self.sums = sums
+        self.sums, self.plan = sums, plan
         # The group with most prompts tells most of how the base attends.
         self.group = max(range(len(plan.groups)), key=lambda g: len(plan.groups[g]))
         self.moments = {
@@ -99,10 +99,11 @@ class _Norms:
         return total / len(self.moments)
 
     def words(self, side: int) -> float:
-        """Size of what the words themselves change."""
+        """Size of what the words themselves change, on the prompts that they fit into."""
+        group = self.plan.group(self.plan.sides[side])
         shares = [
-            float(layer.change[:, side].sum()) / self.energies[path]
-            for path, layer in self.sums.layers.items()
+            float(layer.change[:, side].sum()) / max(float(layer.output[:, group].sum()), 1e-30)
+            for layer in self.sums.layers.values()
         ]
         return float((sum(shares) / len(shares)) ** 0.5)
 
@@ -154,17 +155,20 @@ def warnings(effects: Mapping[str, Effect]) -> list[str]:
         for side in ("positive", "negative"):
             if f"size_{side}" not in numbers:
                 continue
-            words, share = numbers[f"words_{side}"], numbers[f"explained_{side}"]
-            if words < SMALL:
+            size, share = numbers[f"words_{side}"], numbers[f"explained_{side}"]
+            if size < SMALL:
                 said.append(
                     f"label {name!r}: its {side} words hardly change what this base draws "
-                    f"({words:.1%} of the attention output): try other words"
+                    f"({size:.1%} of the attention output): try other words"
                 )
             elif share < UNEXPLAINED:
                 said.append(
-                    f"label {name!r}: only {share:.0%} of what its {side} words change is a "
-                    "change of values: the slider does less than the words, or something else"
+                    f"label {name!r}: only {max(share, 0.0):.0%} of what its {side} words change "
+                    "can be done by values: the slider may do less than the words"
                 )
+        words = [numbers[key] for key in ("words_positive", "words_negative") if key in numbers]
+        if min(words) < SMALL:
+            continue  # which way they go is chance
         if numbers.get("cosine_sides", -1.0) > ALIKE:
             said.append(
                 f"label {name!r}: both sides do nearly the same "

@@ -64,20 +64,23 @@ def fitted_adapter(
 
     `ridge` is chosen on the prompts to check with unless given.
     """
+    if not sums.layers:
+        raise FitError("sums: expected those of at least one picture, found none")
     first = next(iter(sums.layers.values()))
     check_rank(rank, first.tokens)
-    found = [solve_side(sums, plan, i, rank, dtype, ridge) for i in range(len(plan.sides))]
-    effects = measure(plan, sums, found)
+    with torch.autocast("cpu", enabled=False):  # which a host may have on
+        found = [solve_side(sums, plan, i, rank, dtype, ridge) for i in range(len(plan.sides))]
+        effects = measure(plan, sums, found)
+        tensors = {
+            "profile": torch.cat([one.profile for one in found], 1),
+            "attention": _attention(plan, sums),
+            **{f"{path}.rows": torch.cat([one.rows[path] for one in found]) for path in ldm_names},
+        }
     rows = [
         {"label": side.label, "side": side.side}
         for side, one in zip(plan.sides, found, strict=True)
         for _ in range(one.profile.shape[1])
     ]
-    tensors = {
-        "profile": torch.cat([one.profile for one in found], 1),
-        "attention": _attention(plan, sums),
-        **{f"{path}.rows": torch.cat([one.rows[path] for one in found]) for path in ldm_names},
-    }
     if aes_emb is not None:
         tensors["aes_emb"] = aes_emb.float().cpu()
     metadata = {
@@ -91,11 +94,11 @@ def fitted_adapter(
         "vmix.rows": _json(rows),
         "vmix.made": _json(
             {
+                **made,
                 "method": "fitted",
                 "rank": rank,
                 "prompts": len(plan.prompts),
                 "prompts_sha256": hash_of_texts(plan.prompts),
-                **made,
                 **({"warnings": said} if (said := warnings(effects)) else {}),
             }
         ),

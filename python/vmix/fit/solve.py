@@ -24,7 +24,7 @@ __all__ = ["RIDGES", "FittedSide", "Rank", "profile_of", "ridge_values", "solve_
 
 Rank: TypeAlias = int | Literal["bias"]
 
-RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """The one with which a side explains most of the prompts to check with is taken."""
 FLOOR = 1e-6
 """What is added to m_c, relative to their mean, for tokens that nothing attends to."""
