@@ -23,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help setup test test-rust test-python test-c test-full test-kernels test-asan test-tsan test-slow \
 	test-wheel test-oldest test-extras test-comfy test-arm test-miri fuzz lint demo demo-report release-native \
-	bench bench-c bench-attention bench-comfy bench-train headers wheel install requirements clean
+	bench bench-c bench-attention bench-comfy bench-fit bench-train headers wheel install requirements clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -171,7 +171,7 @@ lint: .venv/dev ## formatters, clippy, ruff, mypy and the stubs of the native mo
 	.venv/bin/mypy
 	$(PY) -m mypy.stubtest vmix._native
 
-demo: setup ## out/demo/grid.png and a table: prompts with and without VMix
+demo: setup ## fits a label; out/demo/grid.png and a table: prompts with and without VMix
 	$(PY) examples/demo/demo.py
 
 demo-report: .venv/dev ## measures anew what docs/demo/README.md tabulates, and writes it
@@ -190,6 +190,10 @@ bench: release-native ## ratios to vanilla diffusers, to safetensors + torch, an
 
 bench-train: .venv/dev ## step time and memory of the trainer, as ratios to a LoRA's
 	$(PY) benches/bench_train.py
+
+bench-fit: .venv/dev ## a U-Net pass with a fit riding along, as ratios to the pass alone
+	$(PY) benches/bench_fit.py --base sd15
+	$(PY) benches/bench_fit.py --base sdxl --size 512
 
 bench-attention: release-native ## value-mixed attention, as ratios to torch's
 	$(PY) benches/bench_attention.py

@@ -23,6 +23,8 @@ from adapter import COUNT
 from demo import (
     BATCH,
     DEMO,
+    FIT_LABEL,
+    FIT_WORDS,
     GUIDANCE,
     HERE,
     STEPS,
@@ -30,6 +32,7 @@ from demo import (
     Pair,
     colour_of,
     every,
+    fitted,
     generate,
     grid,
     only,
@@ -642,6 +645,7 @@ and seed that nothing was tuned on, no seed twice, {settings["steps"]} DDIM step
 intervals over pairs. The model is very small (64 px, 5.5 M parameters) and its labels are four
 drawn looks, so this shows that the method and this implementation work, not how a real photograph
 would improve. More pages:
+[labels fitted from words](fitted/README.md);
 [other methods, and another base](comparison/README.md);
 [adapters from words and from LoRAs](objectives/README.md).
 
@@ -770,7 +774,8 @@ def main() -> None:
     data = args.out / "report.json"
     if not args.text_only:
         pipe, adapter = open_pipeline(args.model), Adapter.open(args.adapter)
-        grid(pipe, adapter, 0).save(args.out / "grid.png")  # as `make demo` makes it
+        words = fitted(pipe, {FIT_LABEL: FIT_WORDS})
+        grid(pipe, adapter, 0, words=words).save(args.out / "grid.png")  # as `make demo` makes it
         result, shown = measure(args, pipe, adapter)
         data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         pairs = PAIRS[:BATCH]

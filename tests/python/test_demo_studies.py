@@ -21,6 +21,7 @@ sys.path[:0] = [str(DEMO), str(DEMO / "base")]
 baselines: Any = import_module("baselines")
 teachers: Any = import_module("teachers")
 demo: Any = import_module("demo")
+fits: Any = import_module("fits")
 
 
 @pytest.mark.parametrize(
@@ -34,9 +35,10 @@ demo: Any = import_module("demo")
     ],
 )
 def test_where_words_go(prompt: str, bare: str, told: str) -> None:
+    from vmix.fit import bare as without
     from vmix.train import teachers as objective
 
-    assert objective.bare(prompt) == bare
+    assert without(prompt) == bare
     assert objective.told(prompt, "red", "{prompt} in {words}") == told
 
 
@@ -117,6 +119,15 @@ def test_curated_has_every_look() -> None:
     assert not baselines.curated(SimpleNamespace(labels={**looks, "c": 0}))
 
 
+def test_prompts_of_fits_are_not_measured() -> None:
+    known = {c["name"] for c in json.loads((DEMO / "base" / "concepts.json").read_text("utf-8"))}
+    measured = {prompt.split(maxsplit=2)[-1] for prompt, _ in fits.PAIRS} & known
+    assert len(fits.PROMPTS) == 60
+    assert len(measured) > 25
+    for prompt in fits.PROMPTS:
+        assert not measured & {*prompt.replace(",", "").split()}, prompt
+
+
 def test_rows_and_tables() -> None:
     listing = yaml.safe_load((DEMO / "rows.yaml").read_text(encoding="utf-8"))
     names = [row["name"] for row in listing["rows"]]
@@ -129,7 +140,8 @@ def test_rows_and_tables() -> None:
 
 
 @pytest.mark.parametrize(
-    ("module", "folder"), [(teachers, "objectives"), (baselines, "comparison")]
+    ("module", "folder"),
+    [(teachers, "objectives"), (baselines, "comparison"), (fits, "fitted")],
 )
 def test_docs_are_what_the_report_says(module: Any, folder: str) -> None:
     docs = ROOT / "docs" / "demo" / folder

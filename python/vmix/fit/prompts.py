@@ -19,6 +19,7 @@ Prompts: TypeAlias = str | os.PathLike[str] | Sequence[str] | None
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 PLACE = "{words}"
+"""Where in a prompt a label's words go."""
 CHECK = 4
 """Every fourth prompt is kept for checking."""
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vmix.fit.prompts import PLACE, bare
 from vmix.loading import WeightsError, check_lora
 from vmix.train.base import Base
 from vmix.train.cache import Store, in_parts, key_of, store_texts
@@ -44,22 +44,13 @@ _ACTIVE = (0.1, 0.5, 0.2, 0.2)
 _SAMPLES = 8  # made at a time, at most
 Drawn = tuple[int, float] | None
 """A label and its weight, 1 or 0."""
-WORDS = "{words}"
-"""In a prompt, where text pairs' words go."""
-
-
-def bare(prompt: str) -> str:
-    """The prompt that the student is given: without the place for words, and its comma."""
-    if WORDS not in prompt:
-        return prompt
-    return re.sub(rf"[\s,]*{re.escape(WORDS)}", "", prompt).strip(" ,")
 
 
 def told(prompt: str, words: str, template: str) -> str:
     """The prompt that the teacher is given."""
-    if WORDS in prompt:
-        return prompt.replace(WORDS, words)
-    return template.replace("{prompt}", prompt).replace(WORDS, words) if prompt else words
+    if PLACE in prompt:
+        return prompt.replace(PLACE, words)
+    return template.replace("{prompt}", prompt).replace(PLACE, words) if prompt else words
 
 
 @dataclass(frozen=True)
