@@ -226,7 +226,7 @@ impl Adapter {
         let kind = self.coefficient_kind();
         if (selection, kind) == (&Selection::All, CoefficientKind::Linear) {
             let names: Vec<&str> = self.labels().iter().map(|l| l.name.as_str()).collect();
-            let expected = format!("labels of a linear adapter by name: {}", names.join(", "));
+            let expected = format!("names of fitted labels ({})", names.join(", "));
             return Err(Error::argument("selection", expected, "`all`"));
         }
         self.labels().weights(selection)

@@ -108,7 +108,7 @@ struct Bake {
     /// The adapter.
     adapter: PathBuf,
     /// A label, as "NAME" or "NAME=WEIGHT"; may be repeated. Labels that are left out are at their
-    /// neutral weight, or at 0 where they have none. "all" is every label at 1 (of trained adapters alone),
+    /// neutral weight, or at 0 where they have none. "all" is every label at 1 (trained adapters only),
     /// "none" leaves out every label. Without it, every label is at the file's own default.
     #[arg(short, long, value_name = "LABEL")]
     select: Vec<String>,

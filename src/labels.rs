@@ -172,7 +172,7 @@ pub enum Selection {
     /// Each label at the file's own default, which is 1 for a trained adapter, as in the paper.
     #[default]
     Default,
-    /// Every label at 1; of trained adapters alone.
+    /// Every label at 1; trained adapters only.
     All,
     /// Every label left out.
     None,

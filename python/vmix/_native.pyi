@@ -116,7 +116,7 @@ class Adapter:
     """A VMix adapter: V_a = A(w)·B for any label weights w (docs/format.md).
 
     A selection is a label, a list of labels (each at 1), a mapping from label to weight, "all"
-    (each at 1; of trained adapters alone), "none", or None (each at its default). A label that is
+    (each at 1; trained adapters only), "none", or None (each at its default). A label that is
     left out is at its neutral weight, or at 0 where it has none."""
 
     @staticmethod

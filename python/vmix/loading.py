@@ -1,4 +1,4 @@
-"""Models with all of their weights, in f32: what the files lack is an error.
+"""Models with all of their weights: what the files lack is an error.
 
 transformers and diffusers fill missing weights with random numbers and only log it, or leave them
 on the meta device. This happens easily: transformers 5 renamed the tensors of CLIP text models, and
@@ -27,7 +27,14 @@ class WeightsError(Exception):
     """Weights that are absent, or not what they should be; the message says what was expected."""
 
 
-def load_model(kind: Any, folder: str | Path, *, subfolder: str = "", **options: Any) -> Any:
+def load_model(
+    kind: Any,
+    folder: str | Path,
+    *,
+    subfolder: str = "",
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
     """A model that transformers or diffusers saved, from safetensors alone.
 
     `kind` is its class, and `folder` may also be a repository of the hub.
@@ -45,7 +52,7 @@ def load_model(kind: Any, folder: str | Path, *, subfolder: str = "", **options:
         output_loading_info=True,
         use_safetensors=True,
         low_cpu_mem_usage=True,
-        **{_dtype_option(by_transformers): torch.float32},
+        **{_dtype_option(by_transformers): dtype},
         **options,
     )
     model, info = loaded
@@ -71,7 +78,12 @@ def load_model(kind: Any, folder: str | Path, *, subfolder: str = "", **options:
 
 
 def load_pipeline(
-    kind: Any, path: str | Path, *, variant: str | None = None, **options: Any
+    kind: Any,
+    path: str | Path,
+    *,
+    variant: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
 ) -> Any:
     """A pipeline of diffusers, from safetensors alone.
 
@@ -89,7 +101,7 @@ def load_pipeline(
         if isinstance(model, type) and issubclass(model, torch.nn.Module):
             has_variant = any((Path(path) / name).glob(f"*.{variant}.*"))
             more = {"variant": variant} if variant and has_variant else {}
-            options[name] = load_model(model, path, subfolder=name, **more)
+            options[name] = load_model(model, path, subfolder=name, dtype=dtype, **more)
     return kind.from_pretrained(path, use_safetensors=True, **options)
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 __all__ = ["Label", "RowFile", "RowsError", "Selection", "coefficients", "open_rows", "values"]
 
 Selection: TypeAlias = str | Mapping[str, float] | Sequence[str] | None
-"""The weights of labels; or labels, of weight 1; "all" (of trained files alone), "none", or
+"""The weights of labels; or labels, of weight 1; "all" (trained files only), "none", or
 None for the file's defaults."""
 
 
@@ -135,7 +135,7 @@ class RowFile:
         if isinstance(selection, str) and selection == "all":
             if self.coefficient_kind == "linear":
                 names = _printable(", ".join(label.name for label in self.labels))
-                expected = f"labels of a linear adapter by name: {names}"
+                expected = f"names of fitted labels ({names})"
                 raise RowsError(f"selection: expected {expected}, found `all`")
             selection = [label.name for label in self.labels]
         elif isinstance(selection, str):

@@ -545,12 +545,14 @@ def test_says_what_a_fitted_adapter_was_made_for(caplog: Any) -> None:
     load_vmix(pipe, adapter)
     assert not caplog.messages
     made = adapter.metadata | {"vmix.made": '{"method": "fitted", "base": "dream shaper"}'}
-    load_vmix(pipe, Adapter.from_tensors(adapter.tensors(), made))
-    assert caplog.messages == ["VMix: this adapter was fitted on dream shaper"]
-    caplog.clear()
-    pipe.register_to_config(_name_or_path="models/dream shaper")
-    load_vmix(pipe, Adapter.from_tensors(adapter.tensors(), made))
+    fitted = Adapter.from_tensors(adapter.tensors(), made)
+    load_vmix(pipe, fitted)  # a pipeline without a name may be that very one
+    pipe.register_to_config(_name_or_path="models/dream shaper/")
+    load_vmix(pipe, fitted)
     assert not caplog.messages
+    pipe.register_to_config(_name_or_path="models/other")
+    load_vmix(pipe, fitted)
+    assert caplog.messages == ["VMix: this adapter was fitted on dream shaper"]
 
 
 def test_says_when_every_label_is_where_it_changes_nothing(caplog: Any) -> None:

@@ -48,7 +48,7 @@ from vmix.fit import (
 from vmix.fit.labels import RARE
 from vmix.fit.report import warnings
 from vmix.fit.solve import FLOOR, RIDGES, regularized, ridge_values, solve_side
-from vmix.fit.sums import CHECK, FIT, LENGTHS, LayerSums
+from vmix.fit.sums import CHECK_PART, FIT_PART, LENGTHS, LayerSums
 from vmix.rows import RowFile, open_rows
 
 TOKENS, CONTEXT, CHANNELS, QUERIES, STEPS = 7, 12, 10, 20, 2
@@ -223,7 +223,7 @@ def summed(layers: Mapping[str, Layer], plan: Plan, seen: Mapping[str, list[Seen
         for name, tensor in made.tensors().items():
             setattr(made, name, tensor.double())
         for i, one in enumerate(seen[path]):
-            part = CHECK if plan.checks(i) else FIT
+            part = CHECK_PART if plan.checks(i) else FIT_PART
             moment, energy = one.a.mT @ one.a, one.output.square().sum()
             for g, prompts in enumerate(plan.groups):
                 if i in prompts:
@@ -498,7 +498,7 @@ def test_products_are_exact_under_autocast(fit: Fit) -> None:
     assert q.dtype == torch.bfloat16
     q, k = layer.split(q.double()), layer.split(k.double())
     a = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
-    assert difference(sums.layers[path].moment[FIT, 0], a.mT @ a) < 1e-6  # f32
+    assert difference(sums.layers[path].moment[FIT_PART, 0], a.mT @ a) < 1e-6  # f32
 
 
 def test_what_runs_outside_of_a_picture_is_not_added(fit: Fit) -> None:
@@ -625,11 +625,11 @@ def left_over(sums: Sums, plan: Plan, side: int, found: solve.FittedSide) -> flo
     group = plan.group(plan.sides[side])
     total = 0.0
     for path, layer in sums.layers.items():
-        moment = regularized(layer.moment[FIT, group], found.ridge)
-        cross = layer.cross[FIT, side]
+        moment = regularized(layer.moment[FIT_PART, group], found.ridge)
+        cross = layer.cross[FIT_PART, side]
         values = found.values(path).unflatten(1, (layer.heads, -1)).transpose(0, 1)
         told = (moment @ values - 2 * cross).mul(values).sum()
-        total += float(told + layer.change[FIT, side]) / float(layer.output[CHECK, group])
+        total += float(told + layer.change[FIT_PART, side]) / float(layer.output[CHECK_PART, group])
     return total
 
 
@@ -664,8 +664,8 @@ def test_as_many_rows_as_tokens_are_the_whole_table(fit: Fit) -> None:
         found = side_of(fit, side, TOKENS)
         assert found.profile.shape == (TOKENS, TOKENS)
         for path, layer in fit.exact.layers.items():
-            moment = layer.moment[FIT, fit.plan.group(one)]
-            table = ridge_values(moment, layer.cross[FIT, side], 1e-2)
+            moment = layer.moment[FIT_PART, fit.plan.group(one)]
+            table = ridge_values(moment, layer.cross[FIT_PART, side], 1e-2)
             values = found.values(path).unflatten(1, (layer.heads, -1)).transpose(0, 1)
             # Any profile of full rank does, so that its rounding to f32 costs nothing.
             assert difference(values, table) < 1e-8
@@ -719,7 +719,9 @@ def test_the_ridge_is_the_one_that_explains_most(fit: Fit) -> None:
     for side in range(len(fit.plan.sides)):
         found = side_of(fit, side, 2, None)
         tried = {ridge: side_of(fit, side, 2, ridge).explained for ridge in RIDGES}
-        assert tried[found.ridge] == found.explained == max(tried.values())
+        # Alone, a ridge begins elsewhere, and a few turns are not the limit.
+        assert found.explained == pytest.approx(tried[found.ridge], abs=0.02)
+        assert found.explained >= max(tried.values()) - 0.02
 
 
 @pytest.mark.parametrize("exact", [True, False])
@@ -859,7 +861,7 @@ def test_directions_are_compared_by_what_they_do(fit: Fit, reported: Fitted) -> 
         }
         nearest = max(others, key=lambda name: abs(others[name]))
         assert effect.nearest == nearest
-        assert effect.numbers["cosine_nearest"] == pytest.approx(others[nearest], rel=1e-3)
+        assert effect.numbers[f"cosine_with {nearest}"] == pytest.approx(others[nearest], rel=1e-3)
 
 
 def test_effects_by_length_of_prompt(tmp_path: Path) -> None:
@@ -884,8 +886,10 @@ def test_effects_by_length_of_prompt(tmp_path: Path) -> None:
 def test_pairs_that_were_skipped_are_counted(fit: Fit, reported: Fitted) -> None:
     negative = next(side for side in fit.plan.sides if side.phrasings == ("so very wild",))
     assert len(negative.prompts) == 8
-    skipped = {label: effect.numbers["pairs_skipped"] for label, effect in reported.effects.items()}
-    assert skipped == {"light": 0, "calm": len(PROMPTS) - 8, "sharp": 0}
+    for label, effect in reported.effects.items():
+        skipped = {k: v for k, v in effect.numbers.items() if k.startswith("skipped_")}
+        assert skipped.pop("skipped_positive") == 0
+        assert skipped.get("skipped_negative", 0) == (len(PROMPTS) - 8 if label == "calm" else 0)
 
 
 def test_attention_is_the_mean_of_all_maps(fit: Fit, tmp_path: Path) -> None:
@@ -903,7 +907,7 @@ GOOD = {
     f"{key}_{side}": number
     for side in ("positive", "negative")
     for key, number in {"explained": 0.8, "size": 0.2, "words": 0.25}.items()
-} | {"cosine_sides": -0.4, "pairs_skipped": 0.0}
+} | {"cosine_sides": -0.4}
 
 
 @pytest.mark.parametrize(
@@ -916,9 +920,9 @@ GOOD = {
         # That nothing is explained of nothing goes without saying.
         ({"words_positive": 0.02, "explained_positive": 0.1}, None, ["hardly change"]),
         ({"cosine_sides": 0.9}, None, [r"light.*both sides do nearly the same.*0\.90"]),
-        ({"cosine_nearest": 0.9}, "tone", ["light.*nearly the same as 'tone'"]),
-        ({"cosine_nearest": -0.9}, "tone", ["light.*nearly the opposite of 'tone'"]),
-        ({"cosine_nearest": 0.5}, "tone", []),
+        ({"cosine_with tone": 0.9}, "tone", ["light.*nearly the same as 'tone'"]),
+        ({"cosine_with tone": -0.9}, "tone", ["light.*nearly the opposite of 'tone'"]),
+        ({"cosine_with tone": 0.5}, "tone", []),
         # Which way they go is chance.
         ({"words_positive": 0.0, "cosine_sides": 0.9}, None, ["hardly"]),
     ],

@@ -436,7 +436,8 @@ def test_with_a_lora(plain: Run) -> None:
     pipe.fuse_lora()
     merged = run(pipe)
     assert sums_differ(merged.sums, found.sums) < 1e-4
-    assert values_differ(merged, found) < 1e-3
+    # At one ridge: which is chosen may hang on what merging rounds.
+    assert values_differ(merged, found, ridge=0.1) < 1e-3
     assert values_differ(plain, found) > 0.1
 
 
@@ -678,8 +679,9 @@ def test_a_fit_goes_on_where_it_was(
         found = run(pipe, sums=path, batch_size=3)
     assert calls == [STEPS]  # two prompts of five were done, the others are one batch
     assert sums_differ(plain.sums, found.sums) < 1e-4
-    assert values_differ(plain, found) < 1e-3
-    assert not [*tmp_path.iterdir()]
+    assert values_differ(plain, found, ridge=0.1) < 1e-3
+    # The sums stay until the adapter is saved.
+    assert [one.name for one in tmp_path.iterdir()] == ["sums"]
 
 
 def test_a_fit_goes_on_when_all_is_drawn(
@@ -700,7 +702,6 @@ def test_a_fit_goes_on_when_all_is_drawn(
     found = run(load(), sums=path)
     assert sums_differ(plain.sums, found.sums) == 0
     assert found.adapter.made["guidance"] == 7.5
-    assert not path.exists()
 
 
 OTHER_SETTINGS: dict[str, dict[str, Any]] = {
@@ -1039,7 +1040,7 @@ def test_an_interrupted_command_goes_on(
         stop(diffusers.DDIMScheduler, patch, 3, KeyboardInterrupt())
         said = fails(command, *TWO)
     assert "stopped" in said
-    assert "same command goes on" in said
+    assert "Run the same command again to resume" in said
     assert sums.exists()
     assert not out.exists()
 
@@ -1051,7 +1052,7 @@ def test_an_interrupted_command_goes_on(
         calls = stop(diffusers.DDIMScheduler, patch, -1, KeyboardInterrupt())
         said = command(*TWO)
     assert calls == [2]  # of four prompts, two were done
-    assert f"going on from {sums}" in said
+    assert f"resuming from {sums}" in said
     assert not sums.exists()
     interrupted = open_rows(out)
     command(*TWO, out="whole.safetensors")
@@ -1087,7 +1088,7 @@ ERRORS: dict[str, tuple[Sequence[object], dict[str, Any], str]] = {
     "no batch": ([*TWO, "--batch-size", 0], {}, "--batch-size: .*found 0"),
     "no size": ([*TWO, "--size", 0], {}, "--size: .*found 0"),
     "size": ([*TWO, "--size", 60], {}, "60"),
-    "rank": ([*TWO, "--rank", 99], {}, "rank: .*1 to 32.*99"),
+    "rank": ([*TWO, "--rank", 99], {}, "rank: .*1 to 77.*99"),
     "device": ([*TWO, "--device", "nothing"], {}, "nothing"),
     "no words": (["--label", "light:"], {}, "'light': empty words"),
     "no opposite": (["--label", "light: bright |"], {}, "'light': empty words"),
@@ -1139,3 +1140,34 @@ def test_the_command_in_a_process_of_its_own(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == ["vmix fit: --base: nothing: no such file or folder"]
+
+
+# --- what a pipeline is called with ---
+
+
+def test_what_else_a_pipeline_is_called_with(pipe: Any, plain: Run) -> None:
+    """It reaches the pipeline: another guidance's pictures, and another layer of the encoder."""
+    for call in ({"negative_prompt": "dark"}, {"clip_skip": 1}, {"guidance_rescale": 0.7}):
+        assert sums_differ(plain.sums, run(pipe, call=call).sums) > 1e-3, call
+    for call in ({"prompt": "a cat"}, {"steps": 3}):
+        with pytest.raises(VMixError, match=rf"^call: .*found '{next(iter(call))}'$"):
+            run(pipe, call=call)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda pipe: pipe.scheduler.register_to_config(prediction_type="sample"),
+        lambda pipe: pipe.unet.conv_in.weight.data.mul_(1.5),
+        lambda pipe: pipe.text_encoder.to(torch.bfloat16),
+        lambda pipe: pipe.load_lora_weights(tiny.lora(pipe.unet)),
+    ],
+    ids=["scheduler", "weights", "dtype", "lora"],
+)
+def test_sums_belong_to_one_model(change: Any, tmp_path: Path) -> None:
+    pipe = load()
+    path = tmp_path / "sums"
+    fit_vmix(pipe, {"light": "bright"}, PROMPTS[:2], 1, sums=path)
+    change(pipe)
+    with pytest.raises(VMixError, match=r"sums of another fit: (scheduler|model): "):
+        fit_vmix(pipe, {"light": "bright"}, PROMPTS[:2], 1, sums=path)

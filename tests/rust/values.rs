@@ -431,6 +431,6 @@ fn a_fitted_adapter_is_like_any_other() {
     let error = adapter.weights(&Selection::All).unwrap_err().to_string();
     assert_eq!(
         error,
-        "selection: expected labels of a linear adapter by name: light, found `all`"
+        "selection: expected names of fitted labels (light), found `all`"
     );
 }

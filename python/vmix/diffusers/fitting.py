@@ -17,7 +17,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vmix import Adapter, VMixError, ldm_name, unet_layers
-from vmix.diffusers.mixing import _check_fusing, _cross_attentions, _linear, _number, _unet
+from vmix.diffusers.unet import (
+    check_fusing,
+    cross_attentions,
+    finite_number,
+    unet_of,
+    value_linear,
+)
 from vmix.fit import (
     Collector,
     FitError,
@@ -39,11 +45,22 @@ from vmix.fit.solve import Rank
 __all__ = ["fit_vmix"]
 
 _LOG = logging.getLogger(__name__)
+# Arguments of a pipeline's call that fit_vmix gives it, and those that go to the text encoders.
+_OURS = (
+    *("prompt", "prompt_2", "prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds"),
+    *("negative_pooled_prompt_embeds", "num_inference_steps", "guidance_scale", "height", "width"),
+    *("generator", "latents", "output_type", "return_dict", "num_images_per_prompt"),
+    *("callback_on_step_end", "callback_on_step_end_tensor_inputs", "ip_adapter_image"),
+)
+_ENCODED = ("negative_prompt", "negative_prompt_2", "clip_skip")
 _PIPELINES = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 _ARCHITECTURES = {"sd15": "stable-diffusion-v1/vmix", "sdxl": "stable-diffusion-xl-v1-base/vmix"}
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _TEXTS = 16
 """Encoded at once."""
+_CHUNK = 8
+"""Pictures whose contexts are held at once: text encoders that are offloaded should not come and go
+for every picture."""
 
 
 def fit_vmix(
@@ -59,6 +76,7 @@ def fit_vmix(
     seed: int = 0,
     batch_size: int = 1,
     dtype: Literal["float32", "float16", "bfloat16"] = "float16",
+    call: Mapping[str, Any] | None = None,
     sums: str | os.PathLike[str] | None = None,
     made: Mapping[str, Any] | None = None,
 ) -> Adapter:
@@ -77,22 +95,24 @@ def fit_vmix(
         pipe: a StableDiffusionPipeline or a StableDiffusionXLPipeline.
         labels: name -> (positive words, negative words), or words alone for a label of one side; a
             list of phrasings in place of words is averaged. Or a TOML file (docs/fitting.md), or
-            "default" or "anime", which come with the package.
-        prompts: a list, or a text file with one on each line; some forty of all kinds if None.
+            one of the built-in sets, "default" and "anime".
+        prompts: a list, or a text file with one on each line; the forty built-in ones if None.
             `{words}` in a prompt is where words go; else they are appended.
         steps: of sampling, for each prompt.
-        guidance_scale: of sampling; the pipeline's own default if None. For models that are drawn
+        guidance_scale: of sampling; the pipeline's own default if None. For models that are used
             without guidance, give what you draw with.
         rank: value rows for each side of a label; "bias" is one row that is equal for all tokens.
-        height, width: in pixels; the model's own if None.
+        height, width: in pixels, both or neither; the model's own if None.
         batch_size: prompts that are drawn at once.
         dtype: of the rows in the file.
+        call: further arguments of the pipeline's call that you draw with, such as `clip_skip`,
+            `negative_prompt` or `guidance_rescale`.
         sums: a file that keeps what was collected, now and then: the same call goes on from there.
-            It is removed at the end.
+            Remove it when the adapter is saved.
         made: further entries of `adapter.made`, such as the base's name.
 
-    `adapter.labels[i].effect` has numbers for each label and `adapter.made["warnings"]` what looks
-    wrong; the log says both.
+    `adapter.labels[i].effect` has the numbers of each label, and `adapter.made["warnings"]` what
+    looks wrong, which is also logged.
     """
     for name, value in (("steps", steps), ("batch_size", batch_size)):
         if type(value) is not int or value < 1:
@@ -100,22 +120,21 @@ def fit_vmix(
     if dtype not in _DTYPES:
         raise VMixError(f"dtype: expected one of {', '.join(_DTYPES)}, found {dtype!r}")
     if guidance_scale is not None:
-        guidance_scale = _number("guidance_scale", guidance_scale)
+        guidance_scale = finite_number("guidance_scale", guidance_scale)
     file = None if sums is None else Path(sums)
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
         raise VMixError(f"sums: expected a file in a folder that exists, found {file}")
     try:
-        fit = _Fit(pipe, labels, prompts, steps, guidance_scale, rank, height, width, seed, made)
+        fit = _Fit(
+            pipe, labels, prompts, steps, guidance_scale, rank, (height, width), seed, call, made
+        )
         fit.collect(batch_size, file)
         fitted = fit.solve(_DTYPES[dtype])
     except FitError as error:
         raise VMixError(str(error)) from error
-    adapter = Adapter.from_tensors(dict(fitted.tensors), dict(fitted.metadata))
     for warning in fitted.warnings:
         _LOG.warning("VMix: %s", warning)
-    if file is not None:
-        file.unlink(missing_ok=True)
-    return adapter
+    return Adapter.from_tensors(dict(fitted.tensors), dict(fitted.metadata))
 
 
 class _Fit:
@@ -129,35 +148,38 @@ class _Fit:
         steps: int,
         guidance_scale: float | None,
         rank: Rank,
-        height: int | None,
-        width: int | None,
-        seed: int,
+        size: tuple[int | None, int | None] = (None, None),
+        seed: int = 0,
+        call: Mapping[str, Any] | None = None,
         made: Mapping[str, Any] | None = None,
     ) -> None:
-        self.pipe, self.unet = pipe, _unet(pipe)
+        self.pipe, self.unet = pipe, unet_of(pipe)
         kinds = [kind.__name__ for kind in type(pipe).__mro__]
         self.xl = _PIPELINES[1] in kinds
         if not self.xl and _PIPELINES[0] not in kinds:
+            is_xl = hasattr(pipe, "text_encoder_2")
             raise VMixError(
                 f"pipe: expected a {' or a '.join(_PIPELINES)}, found a {type(pipe).__name__}: "
-                f"make one of its parts with {_PIPELINES[0]}.from_pipe(pipe)"
+                f"make one of its parts with {_PIPELINES[is_xl]}.from_pipe(pipe)"
             )
         if getattr(self.unet, "encoder_hid_proj", None) is not None:
             raise VMixError(
                 "pipe: expected one without an IP-Adapter, found one: call "
                 "pipe.unload_ip_adapter() before fit_vmix"
             )
-        self.attns = _cross_attentions(self.unet)
+        self.attns = cross_attentions(self.unet)
         if not self.attns:
             raise VMixError("pipe: expected a U-Net with cross-attention (attn2), found none")
-        _check_fusing(self.unet, self.attns)
+        check_fusing(self.unet, self.attns, "fit_vmix")
         for path, attn in self.attns.items():
             if getattr(attn, "norm_cross", None) is not None:
                 raise VMixError(f"{path}: expected attention without a norm of its context")
         for name in ("tokenizer", "text_encoder"):
             if getattr(pipe, name, None) is None:
                 raise VMixError(f"pipe: expected one with a text encoder, found no {name}")
-        for name, pixels in (("height", height), ("width", width)):
+        if (size[0] is None) != (size[1] is None):
+            raise VMixError(f"height and width: expected both or neither, found {size}")
+        for name, pixels in zip(("height", "width"), size, strict=True):
             unit = pipe.vae_scale_factor
             if pixels is not None and (type(pixels) is not int or pixels < 1 or pixels % unit):
                 raise VMixError(f"{name}: expected a multiple of {unit}, found {pixels!r}")
@@ -168,7 +190,14 @@ class _Fit:
             self.made = json.loads(json.dumps(dict(made or {})))
         except (TypeError, ValueError) as error:
             raise VMixError(f"made: expected what JSON can hold: {error}") from None
-        self.guidance, self.size = guidance_scale, (height, width)
+        self.guidance, self.size = guidance_scale, size
+        self.call = dict(call or {})
+        known = inspect.signature(pipe.__call__).parameters
+        if unknown := [name for name in self.call if name not in known or name in _OURS]:
+            raise VMixError(
+                f"call: expected arguments of {type(pipe).__name__}'s call that fit_vmix does not "
+                f"give it, found {unknown[0]!r}"
+            )
         self.plan = Plan(read_labels(labels), read_prompts(prompts), self._count, self.tokens)
         for prompt in self.plan.too_long:
             _LOG.info("VMix: left out, too long for the text encoder: %s", prompt)
@@ -179,17 +208,38 @@ class _Fit:
                 "prompts": hash_of_texts(self.plan.prompts),
                 "steps": steps,
                 "guidance_scale": guidance_scale,
-                "size": [height, width],
+                "size": [*size],
                 "seed": seed,
-                "scheduler": type(pipe.scheduler).__name__,
+                "call": {name: repr(value) for name, value in self.call.items()},
+                "scheduler": [
+                    type(pipe.scheduler).__name__,
+                    {name: repr(value) for name, value in sorted(pipe.scheduler.config.items())},
+                ],
+                "model": self._fingerprint(),
                 "made": self.made,
             }
         )
 
+    def _fingerprint(self) -> dict[str, Any]:
+        """Of the models as they are loaded: other weights, LoRAs or precisions give other sums."""
+        found: dict[str, Any] = {}
+        for name in ("unet", "text_encoder", "text_encoder_2"):
+            model = unet_of(self.pipe) if name == "unet" else getattr(self.pipe, name, None)
+            if model is None:
+                continue
+            parameters = [p for p in model.parameters() if not p.is_meta and p.is_floating_point()]
+            some = parameters[:: max(1, len(parameters) // 16)]
+            values = [float(p.detach().flatten()[:4096].float().abs().sum()) for p in some]
+            found[name] = [str(model.dtype), [f"{x:.6g}" for x in values]]
+        if hasattr(self.pipe, "get_active_adapters"):
+            adapters = getattr(self.unet, "peft_config", {})
+            found["loras"] = self.pipe.get_active_adapters() if adapters else []
+        return found
+
     @staticmethod
     def _shape(attn: Any) -> tuple[int, int]:
         """Heads, and the width of one."""
-        return int(attn.heads), int(_linear(attn).out_features) // int(attn.heads)
+        return int(attn.heads), int(value_linear(attn).out_features) // int(attn.heads)
 
     def _count(self, text: str) -> int:
         """Tokens between start and end."""
@@ -214,26 +264,30 @@ class _Fit:
             return
         collector = Collector(self.attns, self.plan, self.sums, device)
         bar = tqdm(total=len(todo) * self.steps, desc="fitting", unit="step")
-        with bar, _paused(self.unet), _quiet(self.pipe), collector.riding():
-            contexts = self._encode([text for i in todo for _, text in self.plan.words(i)])
-            drawn = self._encode_drawn([bare(self.plan.prompts[i]) for i in todo])
-            counts = [len(self.plan.words(i)) for i in todo]
-            told = torch.split(contexts, counts)
-            next_save = 0.0
+        chunk = batch_size * max(1, _CHUNK // batch_size)
+        next_save = 0.0
+        with bar, _paused(self.unet), quiet(self.pipe), collector.riding():
             for first in range(0, len(todo), batch_size):
-                batch = range(first, min(first + batch_size, len(todo)))
+                batch = todo[first : first + batch_size]
+                if first % chunk == 0:
+                    encoded = self._encode_prompts(todo[first : first + chunk])
                 # The conditional part of a batch is its end.
-                collector.start([Picture(k - batch.stop, todo[k], told[k]) for k in batch])
+                collector.start(
+                    [
+                        Picture(k - len(batch), prompt, encoded[prompt]["words"])
+                        for k, prompt in enumerate(batch)
+                    ]
+                )
 
-                def stepped(progress: float, count: int = len(batch)) -> None:
+                def stepped(progress: float, begun: int = first, count: int = len(batch)) -> None:
                     collector.progress = progress
-                    bar.update(count)
+                    bar.update(round((begun + progress * count) * self.steps) - bar.n)
 
-                embeds = {key: x[batch.start : batch.stop] for key, x in drawn.items()}
-                self._draw([todo[k] for k in batch], embeds, stepped)
+                self._draw(batch, encoded, stepped)
                 collector.finish()
                 # Writing may take a twentieth of the time.
-                if file is not None and time.monotonic() >= next_save:
+                last = first + batch_size >= len(todo)
+                if file is not None and (last or time.monotonic() >= next_save):
                     begun = time.monotonic()
                     self.sums.save(file)
                     next_save = time.monotonic() + 20 * (time.monotonic() - begun)
@@ -245,6 +299,9 @@ class _Fit:
             return None
         shapes = {path: self._shape(attn) for path, attn in self.attns.items()}
         free, _ = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        if self.unet.device.type != "cuda":  # it will come while it computes
+            free -= sum(p.numel() * p.element_size() for p in self.unet.parameters())
         needed = sums_size(self.plan, shapes, self.tokens)
         return torch.device("cpu") if needed > free // 2 else None
 
@@ -256,45 +313,64 @@ class _Fit:
                 device=self.pipe._execution_device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=False,
+                clip_skip=self.call.get("clip_skip"),
             )[0].cpu()
             for first in range(0, len(texts), _TEXTS)
         ]
         return torch.cat(parts)
 
-    def _encode_drawn(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What the pipeline is called with for bare prompts, on the CPU."""
+    def _encode_prompts(self, prompts: Sequence[int]) -> dict[int, dict[str, Tensor]]:
+        """Of every prompt what the pipeline is called with, and `words`, its contexts with words;
+        on the CPU."""
         names = ["prompt_embeds", "negative_prompt_embeds"]
         names += ["pooled_prompt_embeds", "negative_pooled_prompt_embeds"] if self.xl else []
-        parts: dict[str, list[Tensor]] = {name: [] for name in names}
-        for first in range(0, len(texts), _TEXTS):
+        given = {name: self.call[name] for name in _ENCODED if name in self.call}
+        given = {name: [one] if isinstance(one, str) else one for name, one in given.items()}
+        found = {}
+        for prompt in prompts:
             encoded = self.pipe.encode_prompt(
-                [*texts[first : first + _TEXTS]],
+                [bare(self.plan.prompts[prompt])],
                 device=self.pipe._execution_device,
                 num_images_per_prompt=1,
                 do_classifier_free_guidance=True,
+                **given,
             )
-            for name, tensor in zip(names, encoded, strict=True):
-                parts[name].append(tensor.cpu())
-        return {name: torch.cat(tensors) for name, tensors in parts.items()}
+            found[prompt] = {
+                "words": self._encode([text for _, text in self.plan.words(prompt)]),
+                **{name: tensor.cpu() for name, tensor in zip(names, encoded, strict=True)},
+            }
+        return found
 
     def _draw(
-        self, prompts: Sequence[int], embeds: Mapping[str, Tensor], stepped: Callable[[float], None]
+        self,
+        prompts: Sequence[int],
+        encoded: Mapping[int, Mapping[str, Tensor]],
+        stepped: Callable[[float], None],
     ) -> None:
-        def told(pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        def on_step(
+            pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]
+        ) -> dict[str, Any]:
             stepped((index + 1) / pipe.num_timesteps)
             return {}
 
-        guidance = {} if self.guidance is None else {"guidance_scale": self.guidance}
         device = self.pipe._execution_device
+        embeds = {
+            name: torch.cat([encoded[prompt][name] for prompt in prompts]).to(device)
+            for name in encoded[prompts[0]]
+            if name != "words"
+        }
+        guidance = {} if self.guidance is None else {"guidance_scale": self.guidance}
+        more = {name: value for name, value in self.call.items() if name not in _ENCODED}
         self.pipe(
-            **{name: tensor.to(device) for name, tensor in embeds.items()},
+            **embeds,
             num_inference_steps=self.steps,
             height=self.size[0],
             width=self.size[1],
             generator=[torch.Generator("cpu").manual_seed(self.seed + i) for i in prompts],
             output_type="latent",
-            callback_on_step_end=told,
+            callback_on_step_end=on_step,
             **guidance,
+            **more,
         )
 
     @torch.no_grad()
@@ -304,13 +380,15 @@ class _Fit:
         guidance = self.guidance
         if guidance is None:
             guidance = inspect.signature(self.pipe.__call__).parameters["guidance_scale"].default
-        return fitted_adapter(
+        bar = tqdm(total=len(self.plan.sides), desc="solving", unit="side", leave=False)
+        fitted = fitted_adapter(
             self.plan,
             self.sums,
             base=base,
             ldm_names=ldm_names,
             rank=self.rank,
             dtype=dtype,
+            solved=bar.update,
             aes_emb=self._aes_emb(),
             made={
                 **({"base": Path(name).name} if name else {}),
@@ -327,11 +405,13 @@ class _Fit:
                 "title": ", ".join(label.name for label in self.plan.labels),
             },
         )
+        bar.close()
+        return fitted
 
     def _layout(self) -> tuple[str, dict[str, str]]:
         """The base's name in files, and the LDM path of every layer."""
-        ours = {path: _linear(attn).out_features for path, attn in self.attns.items()}
-        width = _linear(next(iter(self.attns.values()))).in_features
+        ours = {path: value_linear(attn).out_features for path, attn in self.attns.items()}
+        width = value_linear(next(iter(self.attns.values()))).in_features
         bases: tuple[Literal["sd15", "sdxl"], ...] = ("sd15", "sdxl")
         for base, context in zip(bases, (768, 2048), strict=True):
             known = {layer.name: layer for layer in unet_layers(base)}
@@ -372,8 +452,8 @@ def _paused(unet: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(pipe: Any) -> Iterator[None]:
-    """Without the pipeline's own progress bar, of which there would be one for each prompt."""
+def quiet(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar, of which there would be one for each picture."""
     before = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:

@@ -23,11 +23,10 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
-import math
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from numbers import Real
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -36,6 +35,14 @@ from torch.utils.dlpack import from_dlpack
 
 import vmix
 from vmix import Adapter, Untrained, Values, VMixError, rows
+from vmix.diffusers.unet import (
+    FUSING,
+    check_fusing,
+    cross_attentions,
+    finite_number,
+    unet_of,
+    value_linear,
+)
 
 __all__ = ["get_vmix", "list_vmix", "load_vmix", "set_vmix", "set_vmix_scale", "unload_vmix"]
 
@@ -53,7 +60,6 @@ _CONTEXT_DIMS = {"sd15": 768, "sdxl": 2048}
 _BASES = {(768, 16): "sd15", (2048, 70): "sdxl"}
 # Arguments of pipelines whose batch is not [uncond; cond], or whose U-Net also runs one half alone.
 _OTHER_BATCHES = ("image_guidance_scale", "sag_scale", "token_indices")
-_FUSING = "VMix adds to the output of attn2.to_v, which fused QKV projections skip"
 
 
 def load_vmix(
@@ -72,7 +78,7 @@ def load_vmix(
         pipe: a pipeline with a `UNet2DConditionModel`; compiled, offloaded or with LoRAs is fine.
         adapter_or_preset: a file, an `Adapter` or the `Values` of one selection.
         selection: the labels, for an adapter: a name, a list of names, a dictionary of weights,
-            "all" (of trained adapters alone) or "none"; the file's default weights if None. A label
+            "all" (trained adapters only) or "none"; the file's default weights if None. A label
             that is left out is at its neutral weight, or at 0 where it has none: that is its
             negative text, which changes the picture too. A list of selections has one for every
             image of a batch, see `set_vmix`.
@@ -90,7 +96,7 @@ def load_vmix(
     whether guidance is on: the one last given to a function of this module. Call one before another
     pipeline runs, or load with apply_to="both".
     """
-    unet = _unet(pipe)
+    unet = unet_of(pipe)
     source = _open(adapter_or_preset, selection)
     policy = apply_to or source.apply_to
     if policy not in ("cond", "both", "contrast"):
@@ -98,15 +104,15 @@ def load_vmix(
     if not 0.0 <= start < end <= 1.0:
         raise VMixError(f"start and end: expected 0 <= start < end <= 1, found {start} and {end}")
     _check_pipeline(pipe, policy, selection)
-    attns = _cross_attentions(unet)
-    _check_fusing(unet, attns)
+    attns = cross_attentions(unet)
+    check_fusing(unet, attns, "load_vmix")
     _check_layout(source, attns)
     for path, attn in attns.items():
         _check_rescaling(path, attn)
     state: _State = getattr(unet, "_vmix", None) or _State()
     adapter = _Adapter(source, policy, start, end)
     mixes = {
-        path: _Mix(path, adapter, _linear(attn).weight, _fixed(source, path, policy))
+        path: _Mix(path, adapter, value_linear(attn).weight, _fixed(source, path, policy))
         for path, attn in attns.items()
     }
     adapter.set(mixes, selection, scale)
@@ -125,7 +131,7 @@ def load_vmix(
     if isinstance(source, Adapter) and source.made["method"] != "trained":
         base = _made_for(source)
         ours = getattr(getattr(pipe, "config", None), "_name_or_path", None)
-        if base and base != os.path.basename(ours or ""):
+        if base and ours and base != Path(ours).name:
             # On another checkpoint, fitted labels do roughly the same, and not exactly.
             _LOG.warning("VMix: this adapter was fitted on %s", base)
     labels = source.labels if selection is None and isinstance(source, Adapter) else []
@@ -148,7 +154,7 @@ def set_vmix(pipe: Any, selection: Selections, adapter_name: str = "default") ->
         set_vmix(pipe, {"vibrant color": 1.3})
         set_vmix(pipe, [{"vibrant color": w / 4} for w in range(5)])   # pipe([prompt] * 5)
     """
-    unet = _unet(pipe)
+    unet = unet_of(pipe)
     state = _loaded(unet, adapter_name)
     adapter = state.adapters[adapter_name]
     if isinstance(adapter.source, Values):
@@ -165,7 +171,7 @@ def set_vmix_scale(pipe: Any, scale: Scale, adapter_name: str = "default") -> No
     "up": {"block_1": 0.7, "block_2": [0.2, 0.4, 0.6]}}`, the list holding one scale per attention
     of the block. What is left out is 1.0.
     """
-    unet = _unet(pipe)
+    unet = unet_of(pipe)
     state = _loaded(unet, adapter_name)
     adapter = state.adapters[adapter_name]
     _check_pipeline(pipe, adapter.apply_to, adapter.selection)
@@ -176,7 +182,7 @@ def set_vmix_scale(pipe: Any, scale: Scale, adapter_name: str = "default") -> No
 def get_vmix(pipe: Any, adapter_name: str = "default") -> dict[str, Any]:
     """What is loaded under a name: `weights` (a dictionary, or a list with one for every image),
     `scale`, `apply_to`, `start` and `end`."""
-    adapter = _loaded(_unet(pipe), adapter_name).adapters[adapter_name]
+    adapter = _loaded(unet_of(pipe), adapter_name).adapters[adapter_name]
     return {
         "weights": copy.deepcopy(adapter.weights),
         "scale": copy.deepcopy(adapter.scale),
@@ -188,13 +194,13 @@ def get_vmix(pipe: Any, adapter_name: str = "default") -> dict[str, Any]:
 
 def list_vmix(pipe: Any) -> list[str]:
     """The names of all adapters that are loaded, in the order in which they were."""
-    state: _State | None = getattr(_unet(pipe), "_vmix", None)
+    state: _State | None = getattr(unet_of(pipe), "_vmix", None)
     return list(state.adapters) if state else []
 
 
 def unload_vmix(pipe: Any, adapter_name: str = "default") -> None:
     """Removes an adapter; with the last one, everything this module put on the U-Net."""
-    unet = _unet(pipe)
+    unet = unet_of(pipe)
     state = _loaded(unet, adapter_name)
     del state.adapters[adapter_name]
     for layer in state.layers.values():
@@ -379,7 +385,7 @@ class _Layer(_Patch):
     """The value projection W_V of one cross-attention, V_a added to what it returns."""
 
     def __init__(self, path: str, attn: nn.Module, state: _State) -> None:
-        super().__init__(_linear(attn))
+        super().__init__(value_linear(attn))
         self.path = path
         self.attn = attn
         self.state = state
@@ -476,7 +482,7 @@ class _State:
             "unload_vmix(pipe)" if name == "default" else f"unload_vmix(pipe, {name!r})"
             for name in self.adapters
         ]
-        raise VMixError(f"{_FUSING}: call {' and '.join(calls)} before fuse_qkv_projections")
+        raise VMixError(f"{FUSING}: call {' and '.join(calls)} before fuse_qkv_projections")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _State:
         twin = _State()
@@ -485,14 +491,6 @@ class _State:
         pipe = self.pipe()
         twin.pipe = self.pipe if pipe is None else weakref.ref(memo.get(id(pipe), pipe))
         return twin
-
-
-def _unet(pipe: Any) -> Any:
-    unet = getattr(pipe, "unet", None)
-    unet = getattr(unet, "_orig_mod", unet)  # torch.compile wraps the module
-    if not isinstance(unet, nn.Module):
-        raise VMixError(f"expected a pipeline with a U-Net, found {type(pipe).__name__}")
-    return unet
 
 
 def _loaded(unet: Any, adapter_name: str) -> _State:
@@ -567,30 +565,13 @@ def _fixed(source: Adapter | Values, path: str, apply_to: str) -> _Pair | None:
     return from_dlpack(source[path]), from_dlpack(uncond)
 
 
-def _cross_attentions(unet: nn.Module) -> dict[str, Any]:
-    """The cross-attentions by diffusers path; motion modules have an `attn2` that is not one."""
-    return {
-        name: module
-        for name, module in unet.named_modules()
-        if name.endswith(".attn2") and getattr(module, "is_cross_attention", False)
-    }
-
-
-def _linear(attn: Any) -> Any:
-    """`to_v` without peft's wrappers, which come and go and leave this layer as it is."""
-    linear = attn.to_v
-    while hasattr(linear, "base_layer"):
-        linear = linear.base_layer
-    return linear
-
-
 def _check_layout(source: Adapter | Values, attns: Mapping[str, Any]) -> None:
     """Says in one sentence that an adapter and a U-Net do not belong together."""
     kind = "adapter" if isinstance(source, Adapter) else "preset"
     context = getattr(source, "context_dim", _CONTEXT_DIMS.get(source.base))
     ours = {layer.name: layer.inner_dim for layer in source.layers}
-    theirs = {path: _linear(attn).out_features for path, attn in attns.items()}
-    found = next((_linear(attn).in_features for attn in attns.values()), 0)
+    theirs = {path: value_linear(attn).out_features for path, attn in attns.items()}
+    found = next((value_linear(attn).in_features for attn in attns.values()), 0)
     if ours == theirs and context in (None, found):
         return
     base = _BASES.get((found, len(theirs)), "of another layout")
@@ -630,29 +611,10 @@ def _check_rescaling(path: str, attn: Any) -> None:
             )
 
 
-def _check_fusing(unet: Any, attns: Mapping[str, Any]) -> None:
-    """Fused cross-attentions never call their `to_v`.
-
-    The processors tell what is fused: `fused_projections` stays set when diffusers unfuses.
-    """
-
-    def fused(processor: Any) -> bool:
-        return type(processor).__name__.startswith("Fused")
-
-    if not any(fused(getattr(attn, "processor", None)) for attn in attns.values()):
-        return
-    # The pipeline's own method knows only what the pipeline fused, and the U-Net's puts back what
-    # it last replaced: where that was fused already, the processors before are lost.
-    replaced = getattr(unet, "original_attn_processors", None)
-    lost = not replaced or any(map(fused, replaced.values()))
-    undo = "set_attn_processor(AttnProcessor2_0())" if lost else "unfuse_qkv_projections()"
-    raise VMixError(f"{_FUSING}: call pipe.unet.{undo} before load_vmix")
-
-
 def _scales(scale: Scale, paths: Mapping[str, Any]) -> dict[str, float]:
     """λ of every layer from a number or from a dictionary per block (`set_vmix_scale`)."""
     if not isinstance(scale, Mapping):
-        return dict.fromkeys(paths, _number("scale", scale))
+        return dict.fromkeys(paths, finite_number("scale", scale))
     # down_blocks.1.attentions.0.… is ("down", "block_1", 0), mid_block.… is ("mid", "", 0)
     places: dict[str, tuple[str, str, int]] = {}
     sizes: dict[str, dict[str, int]] = {}
@@ -676,7 +638,7 @@ def _scales(scale: Scale, paths: Mapping[str, Any]) -> dict[str, float]:
             if len(value) not in (1, size):
                 raise VMixError(f"scale of {name}: expected 1 or {size} numbers, found {value!r}")
             value = value[index % len(value)]
-        scales[path] = _number(f"scale of {name}", value)
+        scales[path] = finite_number(f"scale of {name}", value)
     return scales
 
 
@@ -684,9 +646,3 @@ def _check_keys(name: str, given: Mapping[str, Any], known: Mapping[str, Any]) -
     for key in given:
         if key not in known:
             raise VMixError(f"{name}: expected the keys {', '.join(known)}, found {key!r}")
-
-
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise VMixError(f"{name}: expected a finite number, found {value!r}")
-    return float(value)

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from tqdm.auto import tqdm
 
 from vmix import Adapter
+from vmix.diffusers.fitting import quiet
 from vmix.diffusers.mixing import load_vmix, set_vmix, unload_vmix
 
 __all__ = ["draw_preview"]
@@ -32,33 +34,41 @@ def draw_preview(
     """A row for each label and prompt, a column for each weight; the noise of a prompt is the same
     everywhere."""
     guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
-
-    def drawn(prompt: str, selections: Sequence[dict[str, float]]) -> list[Image.Image]:
-        images = []
-        for first in range(0, len(selections), batch_size):
-            part = [*selections[first : first + batch_size]]
-            set_vmix(pipe, part, "preview")
-            images += pipe(
-                [prompt] * len(part),
-                generator=[torch.Generator("cpu").manual_seed(seed) for _ in part],
-                num_inference_steps=steps,
-                height=size,
-                width=size,
-                **guidance,
-            ).images
-        return images
-
-    rows = []
-    load_vmix(pipe, adapter, adapter_name="preview")
+    weights = {
+        label.name: [w for w in _WEIGHTS if w and label.range[0] <= w <= label.range[1]]
+        for label in adapter.labels
+    }
+    # Weight 0 is the same picture for all labels.
+    selections: list[dict[str, float]] = [{}]
+    selections += [{name: weight} for name, some in weights.items() for weight in some]
+    cells: dict[tuple[str, str, float], Image.Image] = {}
+    load_vmix(pipe, adapter, "none", adapter_name="preview")
+    total = len(prompts) * len(selections)
     try:
-        for label in adapter.labels:
-            low, high = label.range
-            weights = [weight for weight in _WEIGHTS if low <= weight <= high]
+        with quiet(pipe), tqdm(total=total, desc="preview", unit="picture") as bar:
             for prompt in prompts:
-                images = drawn(prompt, [{label.name: weight} for weight in weights])
-                rows.append((label.name, prompt, [*zip(weights, images, strict=True)]))
+                for first in range(0, len(selections), batch_size):
+                    part = selections[first : first + batch_size]
+                    set_vmix(pipe, part, "preview")
+                    images = pipe(
+                        [prompt] * len(part),
+                        generator=[torch.Generator("cpu").manual_seed(seed) for _ in part],
+                        num_inference_steps=steps,
+                        height=size,
+                        width=size,
+                        **guidance,
+                    ).images
+                    for selection, image in zip(part, images, strict=True):
+                        for name, weight in selection.items() or ((n, 0.0) for n in weights):
+                            cells[name, prompt, weight] = image
+                    bar.update(len(part))
     finally:
         unload_vmix(pipe, "preview")
+    rows = [
+        (name, prompt, [(w, cells[name, prompt, w]) for w in sorted((*some, 0.0))])
+        for name, some in weights.items()
+        for prompt in prompts
+    ]
     return _grid(rows)
 
 

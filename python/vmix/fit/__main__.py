@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -17,8 +18,9 @@ from safetensors import SafetensorError
 from vmix import Adapter, VMixError
 from vmix.fit.errors import FitError
 from vmix.fit.labels import LABEL_SETS, FitLabel, read_labels
-from vmix.fit.prompts import CHECK, bare, read_prompts
+from vmix.fit.prompts import EVERY, bare, read_prompts
 from vmix.fit.report import Effect, table
+from vmix.fit.result import check_rank
 
 DESCRIPTION = """\
 Fit labels on a checkpoint from their words, and write the adapter.
@@ -28,7 +30,7 @@ by least squares: forward passes alone, in the memory that drawing takes. The ad
 checkpoint; on others of the same family it does roughly the same. docs/fitting.md says more."""
 
 EPILOG = """\
-Ctrl-C stops; the same command goes on where it was.
+Ctrl-C stops. Run the same command again to resume.
 
 Examples:
 
@@ -56,29 +58,33 @@ def parser() -> argparse.ArgumentParser:
     add("-o", "--out", type=Path, required=True, metavar="FILE", help="The adapter to write.")
     add("-f", "--force", action="store_true", help="Replace it if there is one.")
     words = made.add_mutually_exclusive_group()
-    words.add_argument("-L", "--labels", metavar="FILE", help="A fit_labels.toml; or one of the "
-        f"sets that come along: {', '.join(LABEL_SETS)}. Else the default set.")  # fmt: skip
+    words.add_argument("-L", "--labels", metavar="FILE", help="A fit_labels.toml, or a built-in "
+        f"set: {', '.join(LABEL_SETS)} (default: default).")  # fmt: skip
     words.add_argument("-l", "--label", action="append", default=[], metavar="LABEL", help="A "
         'label as "NAME", "NAME: WORDS" or "NAME: WORDS | OPPOSITE WORDS"; may be '
         "repeated.")  # fmt: skip
     add("--prompts", type=Path, metavar="FILE", help="A prompt on each line; {words} is where a "
-        "label's words go, else they are appended. Else forty that come along.")  # fmt: skip
-    add("--steps", type=int, default=8, help="Steps for each prompt; 8 unless given.")
-    add("--guidance", type=float, help="Guidance scale; the pipeline's own unless given. What you "
-        "draw with: 0 or 1 for models that are drawn without.")  # fmt: skip
+        "label's words go, else they are appended (default: forty built-in ones).")  # fmt: skip
+    add("--steps", type=int, default=8, help="Sampling steps for each prompt (default: 8).")
+    add("--guidance", type=float, help="Guidance scale that you draw with; 0 or 1 for models used "
+        "without guidance (default: the pipeline's own).")  # fmt: skip
+    add("--negative-prompt", metavar="TEXT", help="The negative prompt that you draw with.")
+    add("--clip-skip", type=int, metavar="N", help="Layers of the text encoder to skip, as "
+        "diffusers counts: 1 is what ComfyUI calls -2.")  # fmt: skip
     add("--rank", type=_rank, default=4, metavar="N|bias", help="Value rows for each side of a "
-        "label; 4 unless given. bias: one that is equal for all tokens.")  # fmt: skip
-    add("--size", type=int, metavar="PIXELS", help="Side of the pictures; the base's own unless "
-        "given.")  # fmt: skip
-    add("--batch-size", type=int, default=1, help="Pictures at once; 1 unless given.")
-    add("--seed", type=int, default=0)
-    add("--preview", type=Path, metavar="FILE", help="A grid of pictures to write: every label at "
-        "several weights.")  # fmt: skip
-    add("--device", help="cuda, cpu, mps …; a GPU where there is one, unless given.")
-    add("--dtype", choices=tuple(DTYPES), help="Of the base; f16 on a GPU, else f32, unless given.")
-    add("--offload", action="store_true", help="Keep on the GPU only the part that is computing.")
-    add("--prediction-type", choices=("epsilon", "v_prediction"), help="Of a base that does not "
-        "say it.")  # fmt: skip
+        "label (default: 4); bias is one row that is equal for all tokens.")  # fmt: skip
+    add("--size", type=int, metavar="PIXELS", help="Width and height of the pictures (default: "
+        "the base's own).")  # fmt: skip
+    add("--batch-size", type=int, default=1, help="Pictures drawn at once (default: 1).")
+    add("--seed", type=int, default=0, help="Of the noise (default: 0).")
+    add("--preview", type=Path, metavar="FILE", help="Also draw a grid of pictures, every label "
+        "at several weights. This takes longer than the fit.")  # fmt: skip
+    add("--device", help="cuda, mps, cpu … (default: a GPU if there is one).")
+    add("--dtype", choices=tuple(DTYPES), help="Precision of the base (default: f16 on a GPU, f32 "
+        "on a CPU).")  # fmt: skip
+    add("--offload", action="store_true", help="Keep on the GPU only the model that computes.")
+    add("--prediction-type", choices=("epsilon", "v_prediction"), help="What the base predicts, "
+        "if its file does not say.")  # fmt: skip
     return made
 
 
@@ -113,6 +119,9 @@ def fit(args: argparse.Namespace) -> None:
             raise FitError(f"--{key.replace('_', '-')}: expected 1 or more, found {value}")
     if args.size and args.size % 8:
         raise FitError(f"--size: expected a multiple of 8, found {args.size}")
+    check_rank(args.rank, 77)
+    if args.guidance is not None and not math.isfinite(args.guidance):
+        raise FitError(f"--guidance: expected a finite number, found {args.guidance}")
     labels = read_labels([*map(typed_label, args.label)] or args.labels or "default")
     prompts = read_prompts(args.prompts)
 
@@ -121,7 +130,8 @@ def fit(args: argparse.Namespace) -> None:
     pipe = _load(args)
     sums = args.out.with_name(f"{args.out.name}.sums")
     if sums.exists():
-        print(f"going on from {sums}")
+        print(f"resuming from {sums}")
+    call = {"negative_prompt": args.negative_prompt, "clip_skip": args.clip_skip}
     made = {"base": Path(args.base).name, **_hash(Path(args.base))}
     adapter = fit_vmix(
         pipe,
@@ -134,13 +144,17 @@ def fit(args: argparse.Namespace) -> None:
         width=args.size,
         seed=args.seed,
         batch_size=args.batch_size,
+        call={name: value for name, value in call.items() if value is not None},
         sums=sums,
         made=made,
     )
     adapter.save(args.out)
+    sums.unlink(missing_ok=True)
     print(table({label.name: Effect(label.effect) for label in adapter.labels}))
     for warning in adapter.made.get("warnings", ()):
         print(f"warning: {warning}")
+    if skipped := adapter.made.get("prompts_too_long"):
+        print(f"{skipped} prompts were left out: too long for the text encoder")
     print(f"see {args.out}")
     if args.preview:
         try:
@@ -152,7 +166,7 @@ def fit(args: argparse.Namespace) -> None:
 def _preview(args: argparse.Namespace, pipe: Any, adapter: Adapter, prompts: Sequence[str]) -> None:
     from vmix.diffusers.preview import draw_preview
 
-    checks = [bare(prompt) for i, prompt in enumerate(prompts) if i % CHECK == CHECK - 1]
+    checks = [bare(prompt) for prompt in prompts[EVERY - 1 :: EVERY]]
     grid = draw_preview(
         pipe,
         adapter,
@@ -179,15 +193,14 @@ def _load(args: argparse.Namespace) -> Any:
     for library in (diffusers, transformers):
         library.logging.set_verbosity_error()
         library.logging.disable_progress_bar()
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or _default_device()
     dtype = DTYPES[args.dtype or ("f32" if device == "cpu" else "f16")]
     try:
-        pipe = load_pipeline(args.base, prediction_type=args.prediction_type)
+        pipe = load_pipeline(args.base, prediction_type=args.prediction_type, dtype=dtype)
     except TrainingError as error:
         raise FitError(f"--base: {error}") from error
     except (OSError, RuntimeError, SafetensorError) as error:
         raise FitError(f"--base {args.base}: {' '.join(str(error).split())}") from error
-    pipe.to(dtype=dtype)
     try:
         if args.offload:
             pipe.enable_model_cpu_offload(device=device)
@@ -198,6 +211,12 @@ def _load(args: argparse.Namespace) -> Any:
             raise
         raise FitError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return pipe
+
+
+def _default_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _hash(base: Path) -> dict[str, str]:
@@ -232,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise SystemExit(f"vmix fit: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("\nvmix fit: stopped. The same command goes on where it was") from None
+        raise SystemExit("\nvmix fit: stopped. Run the same command again to resume") from None
     finally:
         logger.setLevel(level)
 

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from vmix.fit.errors import FitError
 from vmix.fit.prompts import Plan
-from vmix.fit.sums import CHECK, FIT, LayerSums, Sums, length_class
+from vmix.fit.sums import CHECK_PART, FIT_PART, LayerSums, Sums, length_class
 
 __all__ = ["Collector", "Picture"]
 
-BLOCK = 2**24
-"""Numbers of the largest tensor that is made at once: 64 MB."""
+BLOCK, GPU_BLOCK = 2**24, 2**25
+"""Numbers that a block of queries may take: 64 and 128 MB."""
 TOLERANCE = 0.05
 """How far a·V_c may be from what the layer computes: rounding of bf16 is a tenth of it."""
 
@@ -68,7 +68,8 @@ class Collector:
         """How much of the sampling is done, from 0 to 1."""
         self.contexts: Tensor | None = None  # of all pictures, where the layers compute
         self.caught: dict[str, dict[str, Tensor]] = {}
-        self.own = False  # whether it is us who calls a projection
+        self.sides: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        self.projecting = False  # whether it is us who calls a projection
 
     @contextmanager
     def riding(self) -> Iterator[None]:
@@ -114,7 +115,7 @@ class Collector:
 
     def _catching(self, path: str, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            if self.pictures and not self.own:
+            if self.pictures and not self.projecting:
                 caught = self.caught.setdefault(path, {})
                 caught[name] = output.detach()
                 if name == "to_k":
@@ -125,19 +126,19 @@ class Collector:
     def _adding(self, path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             caught = self.caught.pop(path, {})
-            if self.pictures and not self.own:
+            if self.pictures and not self.projecting:
                 if missing := {"to_q", "to_k", "to_v"} - caught.keys():
                     raise FitError(
                         f"layer {path}: expected that drawing runs its to_q, to_k, to_v and "
                         f"to_out; it did not run {', '.join(sorted(missing))}. Are its projections "
                         "fused?"
                     )
-                self.own = True
+                self.projecting = True
                 try:
-                    with torch.no_grad(), _exact(args[0].device):
+                    with torch.no_grad():
                         self._add(path, caught, args[0])
                 finally:
-                    self.own = False
+                    self.projecting = False
 
         return hook
 
@@ -158,18 +159,19 @@ class Collector:
         keys, values = layer.to_k(contexts), layer.to_v(contexts)
         counts = [len(picture.contexts) for picture in self.pictures]
         split = zip(self.pictures, keys.split(counts), values.split(counts), strict=True)
-        for picture, key, value in split:
-            row = picture.row
-            self._add_picture(
-                path,
-                picture.prompt,
-                _heads(caught["to_q"][row], heads),
-                _heads(caught["to_k"][row], heads),
-                _heads(caught["to_v"][row], heads),
-                _heads(output[row], heads),
-                _heads(key, heads),
-                _heads(value, heads),
-            )
+        with _exact(output.device):
+            for picture, key, value in split:
+                row = picture.row
+                self._add_picture(
+                    path,
+                    picture.prompt,
+                    _heads(caught["to_q"][row], heads),
+                    _heads(caught["to_k"][row], heads),
+                    _heads(caught["to_v"][row], heads),
+                    _heads(output[row], heads),
+                    _heads(key, heads),
+                    _heads(value, heads),
+                )
 
     def _add_picture(
         self, path: str, prompt: int, query: Tensor, key: Tensor, value: Tensor, output: Tensor,
@@ -179,34 +181,32 @@ class Collector:
         heads, queries, width = query.shape
         tokens = key.shape[1]
         plan = self.plan
-        sides = [side for side, _ in plan.words(prompt)]
-        present = sorted(set(sides))
-        position = torch.tensor([present.index(side) for side in sides], device=query.device)
-        share = position.bincount().float().reciprocal()[position]  # of a phrasing in its side
+        present, position, share = self._sides(prompt, query.device)
         key_t, word_keys_t = key.mT * width**-0.5, word_keys.mT * width**-0.5
 
         columns = tokens + len(present) * width
         product = query.new_zeros(heads, tokens, columns)
         change = query.new_zeros(len(present))
         energy, wrong = query.new_zeros(()), query.new_zeros(())
-        largest = len(sides) * heads * (tokens + 2 * width) + heads * columns
-        step = max(1, BLOCK // largest)
+        of_a_query = len(word_keys) * heads * (tokens + 2 * width) + heads * columns
+        block = BLOCK if query.device.type == "cpu" else GPU_BLOCK
+        step = max(1, block // of_a_query)
         for first in range(0, queries, step):
             q, out = query[:, first : first + step], output[:, first : first + step]
             a = (q @ key_t).softmax(-1)
-            own = a @ value
-            told = (q @ word_keys_t).softmax(-1) @ word_values  # [K, H, n, E]
-            deltas = own.new_zeros(len(present), *own.shape)
-            deltas.index_add_(0, position, told * share[:, None, None, None])
-            deltas -= own
+            bare = a @ value
+            with_words = (q @ word_keys_t).softmax(-1) @ word_values  # [K, H, n, E]
+            deltas = bare.new_zeros(len(present), *bare.shape)
+            deltas.index_add_(0, position, with_words * share[:, None, None, None])
+            deltas -= bare
             flat = deltas.permute(1, 2, 0, 3).flatten(2)  # [H, n, sides of E]
             product += a.mT @ torch.cat([a, flat], -1)
             change += deltas.square().sum((1, 2, 3))
             energy += out.square().sum()
-            wrong += (own - out).square().sum()
+            wrong += (bare - out).square().sum()
 
         sums = self._sums(path, heads, tokens, width, query.device)
-        part = CHECK if plan.checks(prompt) else FIT
+        part = CHECK_PART if plan.checks(prompt) else FIT_PART
         to, weight = sums.moment.device, max(0.0, 1 - self.progress) ** 2
         parts = (product, change, energy, wrong)
         product, change, energy, wrong = (x.to(to) * weight for x in parts)
@@ -219,13 +219,29 @@ class Collector:
                 sums.moment[part, group] += moment
                 sums.output[part, group] += energy
                 sums.queries[part, group] += queries * weight
-        chosen = torch.tensor(present, device=to)
+        chosen = present.to(to)
         sums.cross[part].index_add_(0, chosen, cross)
         sums.change[part].index_add_(0, chosen, change)
         length = length_class(plan.lengths[prompt])
         sums.lengths[length] += moment.sum(0)
         sums.length_output[length] += energy
         sums.mismatch += torch.stack([wrong, energy])
+
+    def _sides(self, prompt: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The sides that a prompt is compared with; of every context the position of its side among
+        them, and its share in that side."""
+        key = prompt, device
+        if key not in self.sides:  # made once: each of these waits for a GPU
+            sides = [side for side, _ in self.plan.words(prompt)]
+            present = sorted(set(sides))
+            position = [present.index(side) for side in sides]
+            share = [1 / sides.count(side) for side in sides]
+            self.sides[key] = (
+                torch.tensor(present, device=device),
+                torch.tensor(position, device=device),
+                torch.tensor(share, device=device),
+            )
+        return self.sides[key]
 
     def _sums(self, path: str, heads: int, tokens: int, width: int, device: Any) -> LayerSums:
         if path not in self.sums.layers:
@@ -245,12 +261,12 @@ def _heads(x: Tensor, heads: int) -> Tensor:
 def _exact(device: torch.device) -> Iterator[None]:
     """Products in f32, where the host has autocast or TF32 on."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32 if device.type == "cuda" else None
+    before = matmul.fp32_precision
     try:
-        if before:
-            matmul.allow_tf32 = False
+        if device.type == "cuda":
+            matmul.fp32_precision = "ieee"
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if before:
-            matmul.allow_tf32 = True
+        if device.type == "cuda":
+            matmul.fp32_precision = before

@@ -84,8 +84,9 @@ class FitLabel:
 
 
 def read_labels(labels: Labels) -> tuple[FitLabel, ...]:
-    """Labels of a TOML file, of a set that comes with the package (`default`, `anime`), or of a
-    mapping: name -> words, or name -> (positive words, negative words)."""
+    """Labels of a TOML file, of a built-in set (`default`, `anime`), or of a mapping:
+    name -> words, or name -> (positive words, negative words), where a list of phrasings may stand
+    in place of words."""
     if isinstance(labels, str) and labels in LABEL_SETS:
         labels = LABEL_SETS[labels]
     if isinstance(labels, (str, os.PathLike)):
@@ -104,7 +105,7 @@ def read_labels(labels: Labels) -> tuple[FitLabel, ...]:
     seen: set[str] = set()
     for label in found:
         if label.name.casefold() in seen:
-            raise FitError(f"label {label.name!r}: expected a name of its own, found it twice")
+            raise FitError(f"label {label.name!r}: defined twice")
         seen.add(label.name.casefold())
     return found
 
@@ -123,7 +124,7 @@ def _of_file(path: Path) -> tuple[FitLabel, ...]:
     tables = entries.get("label")
     if [*entries] != ["label"] or not isinstance(tables, list):
         found = ", ".join(entries) or "nothing"
-        raise FitError(f"{path}: expected [[label]] tables alone, found {found}")
+        raise FitError(f"{path}: expected only [[label]] tables, found {found}")
     return tuple(_of_table(path, table) for table in tables)
 
 
@@ -167,10 +168,12 @@ def _is_number(value: Any) -> bool:
 
 def _of_entry(name: Any, entry: Any) -> FitLabel:
     if isinstance(entry, str):
-        entry = (entry, ())
-    if not isinstance(name, str) or not isinstance(entry, Sequence) or len(entry) != 2:
+        entry = (entry, None)
+    # A list of two could be two phrasings or two sides.
+    if not isinstance(name, str) or not isinstance(entry, tuple) or len(entry) != 2:
         raise FitError(
-            f"label {name!r}: expected words, or (positive words, negative words), found {entry!r}"
+            f"label {name!r}: expected words, or (positive words, negative words) with None where "
+            f"there are no negative ones, found {entry!r}"
         )
     return FitLabel(name, _words(name, entry[0]), _words(name, entry[1]))
 

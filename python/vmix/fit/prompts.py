@@ -20,7 +20,7 @@ Prompts: TypeAlias = str | os.PathLike[str] | Sequence[str] | None
 PROMPTS = Path(__file__).with_name("prompts.txt")
 PLACE = "{words}"
 """Where in a prompt a label's words go."""
-CHECK = 4
+EVERY = 4
 """Every fourth prompt is kept for checking."""
 
 
@@ -126,7 +126,12 @@ class Plan:
     def checks(self, prompt: int) -> bool:
         """Whether it is one to check with."""
         count = len(self.prompts)
-        return prompt % CHECK == CHECK - 1 if count >= CHECK else prompt == count - 1
+        return prompt % EVERY == EVERY - 1 if count >= EVERY else prompt == count - 1
+
+    @property
+    def largest_group(self) -> int:
+        """The one with most prompts, which tells most of how the base attends."""
+        return max(range(len(self.groups)), key=lambda group: len(self.groups[group]))
 
     def group(self, side: Side) -> int:
         return self.groups.index(side.prompts)

@@ -50,11 +50,9 @@ def measure(plan: Plan, sums: Sums, fitted: Sequence[FittedSide]) -> dict[str, E
             numbers[f"size_{which}"] = norms.product(values, values) ** 0.5
             numbers[f"words_{which}"] = norms.words(i)
             numbers[f"ridge_{which}"] = found.ridge
+            numbers[f"skipped_{which}"] = len(plan.prompts) - len(plan.sides[i].prompts)
             for length, size in norms.by_length(values).items():
                 numbers[f"size_{which}_{length}_tokens"] = size
-        numbers["pairs_skipped"] = sum(
-            len(plan.prompts) - len(plan.sides[i].prompts) for i, _ in sides.values()
-        )
         if len(sides) == 2:
             positive, negative = ({p: s.values(p) for p in s.rows} for _, s in sides.values())
             numbers["cosine_sides"] = _cosine(
@@ -69,7 +67,7 @@ def measure(plan: Plan, sums: Sums, fitted: Sequence[FittedSide]) -> dict[str, E
         }
         nearest = max(others, key=lambda other: abs(others[other]), default=None)
         if nearest is not None:
-            numbers["cosine_nearest"] = others[nearest]
+            numbers[f"cosine_with {nearest}"] = others[nearest]
         effects[name] = Effect({key: _rounded(x) for key, x in numbers.items()}, nearest)
     return effects
 
@@ -79,10 +77,9 @@ class _Norms:
 
     def __init__(self, sums: Sums, plan: Plan) -> None:
         self.sums, self.plan = sums, plan
-        # The group with most prompts tells most of how the base attends.
-        self.group = max(range(len(plan.groups)), key=lambda g: len(plan.groups[g]))
+        self.group = plan.largest_group
         self.moments = {
-            path: layer.moment[:, self.group].sum(0).double().cpu()
+            path: layer.moment[:, self.group].sum(0).cpu().double()
             for path, layer in sums.layers.items()
         }
         self.energies = {
@@ -116,7 +113,7 @@ class _Norms:
                 energy = float(layer.length_output[i])
                 if energy > 0:
                     seen = True
-                    mean = layer.lengths[i].double().cpu() / layer.heads
+                    mean = layer.lengths[i].cpu().double() / layer.heads
                     v = values[path]
                     total += float((mean @ v).mul(v).sum()) / energy
             if seen:
@@ -164,7 +161,7 @@ def warnings(effects: Mapping[str, Effect]) -> list[str]:
             elif share < UNEXPLAINED:
                 said.append(
                     f"label {name!r}: only {max(share, 0.0):.0%} of what its {side} words change "
-                    "can be done by values: the slider may do less than the words"
+                    "can be reproduced by value rows: the slider may do less than the words"
                 )
         words = [numbers[key] for key in ("words_positive", "words_negative") if key in numbers]
         if min(words) < SMALL:
@@ -174,11 +171,11 @@ def warnings(effects: Mapping[str, Effect]) -> list[str]:
                 f"label {name!r}: both sides do nearly the same "
                 f"(cosine {numbers['cosine_sides']:.2f}): choose words that differ"
             )
-        if abs(numbers.get("cosine_nearest", 0.0)) > ALIKE:
-            sign = "the same as" if numbers["cosine_nearest"] > 0 else "the opposite of"
+        cosine = numbers.get(f"cosine_with {effect.nearest}", 0.0)
+        if abs(cosine) > ALIKE:
+            sign = "the same as" if cosine > 0 else "the opposite of"
             said.append(
-                f"label {name!r}: does nearly {sign} {effect.nearest!r} "
-                f"(cosine {numbers['cosine_nearest']:.2f})"
+                f"label {name!r}: does nearly {sign} {effect.nearest!r} (cosine {cosine:.2f})"
             )
     return said
 
@@ -199,6 +196,6 @@ def table(effects: Mapping[str, Effect]) -> str:
             lines.append(
                 f"{name:<{width}}  {side:<8}  {numbers[f'explained_{side}']:>9.0%}  "
                 f"{numbers[f'size_{side}']:>5.1%}  {numbers[f'words_{side}']:>5.1%}   {by_length}  "
-                f"{numbers['pairs_skipped']:>7.0f}"
+                f"{numbers[f'skipped_{side}']:>7.0f}"
             )
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
@@ -59,17 +59,22 @@ def fitted_adapter(
     ridge: float | None = None,
     aes_emb: Tensor | None = None,
     modelspec: Mapping[str, str] | None = None,
+    solved: Callable[[], Any] = lambda: None,
 ) -> Fitted:
     """Solves for every side; `ldm_names` has the LDM path of every layer by its diffusers path.
 
-    `ridge` is chosen on the prompts to check with unless given.
+    `ridge` is chosen on the prompts to check with unless given. `solved` is called after
+    every side.
     """
     if not sums.layers:
         raise FitError("sums: expected those of at least one picture, found none")
     first = next(iter(sums.layers.values()))
     check_rank(rank, first.tokens)
     with torch.autocast("cpu", enabled=False):  # which a host may have on
-        found = [solve_side(sums, plan, i, rank, dtype, ridge) for i in range(len(plan.sides))]
+        found = []
+        for i in range(len(plan.sides)):
+            found.append(solve_side(sums, plan, i, rank, dtype, ridge))
+            solved()
         effects = measure(plan, sums, found)
         tensors = {
             "profile": torch.cat([one.profile for one in found], 1),
@@ -99,6 +104,7 @@ def fitted_adapter(
                 "rank": rank,
                 "prompts": len(plan.prompts),
                 "prompts_sha256": hash_of_texts(plan.prompts),
+                **({"prompts_too_long": len(plan.too_long)} if plan.too_long else {}),
                 **({"warnings": said} if (said := warnings(effects)) else {}),
             }
         ),
@@ -133,9 +139,9 @@ def _label(label: FitLabel, effect: Effect) -> dict[str, Any]:
 
 def _attention(plan: Plan, sums: Sums) -> Tensor:
     """[C, C]: the mean of a·aᵀ over queries, heads and layers."""
-    group = max(range(len(plan.groups)), key=lambda g: len(plan.groups[g]))
+    group = plan.largest_group
     means = [
-        layer.moment[:, group].sum(0).double().cpu().mean(0) / float(layer.queries[:, group].sum())
+        layer.moment[:, group].sum(0).cpu().double().mean(0) / float(layer.queries[:, group].sum())
         for layer in sums.layers.values()
     ]
     return torch.stack(means).mean(0).clamp(min=0).float()

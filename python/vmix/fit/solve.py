@@ -18,13 +18,13 @@ from torch import Tensor
 
 from vmix.fit.errors import FitError
 from vmix.fit.prompts import Plan
-from vmix.fit.sums import CHECK, FIT, LayerSums, Sums
+from vmix.fit.sums import CHECK_PART, FIT_PART, LayerSums, Sums
 
 __all__ = ["RIDGES", "FittedSide", "Rank", "profile_of", "ridge_values", "solve_side"]
 
 Rank: TypeAlias = int | Literal["bias"]
 
-RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
+RIDGES = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 10.0)
 """The one with which a side explains most of the prompts to check with is taken."""
 FLOOR = 1e-6
 """What is added to m_c, relative to their mean, for tokens that nothing attends to."""
@@ -64,17 +64,17 @@ class _Layer:
     @classmethod
     def of(cls, sums: LayerSums, side: int, group: int) -> _Layer:
         def take(tensor: Tensor, part: int, index: int) -> Tensor:
-            return tensor[part, index].double().cpu()
+            return tensor[part, index].cpu().double()
 
-        energy = float(take(sums.output, CHECK, group))
+        energy = float(take(sums.output, CHECK_PART, group))
         return cls(
-            take(sums.moment, FIT, group),
-            take(sums.cross, FIT, side),
-            take(sums.moment, CHECK, group),
-            take(sums.cross, CHECK, side),
-            float(take(sums.change, CHECK, side)),
+            take(sums.moment, FIT_PART, group),
+            take(sums.cross, FIT_PART, side),
+            take(sums.moment, CHECK_PART, group),
+            take(sums.cross, CHECK_PART, side),
+            float(take(sums.change, CHECK_PART, side)),
             1 / energy if energy else 0.0,
-            float(take(sums.queries, FIT, group)),
+            float(take(sums.queries, FIT_PART, group)),
         )
 
     def residual(self, values: Tensor) -> float:
@@ -100,24 +100,33 @@ def _solve(matrix: Tensor, right: Tensor) -> Tensor:
     scale = matrix.diagonal(dim1=-2, dim2=-1).rsqrt()[..., None]
     factor, failed = torch.linalg.cholesky_ex(matrix * scale * scale.mT)
     if failed.any():
-        raise FitError("sums: expected moments of attention, found a matrix that is none")
+        raise FitError(
+            "sums: expected moments that a ridge makes solvable, found others: is attention NaN?"
+        )
     return scale * torch.cholesky_solve(right * scale, factor)
 
 
-def profile_of(layers: Sequence[_Layer], rank: int, ridge: float) -> Tensor:
+def profile_of(
+    layers: Sequence[_Layer], rank: int, ridge: float, start: Tensor | None = None
+) -> Tensor:
     """P [C, r]: the r columns with which V_a = P·B fits best, of all layers and heads together.
 
-    Begins with the decomposition of the full tables as if all heads attended alike, then solves in
-    turns for B, head by head, and for P. The residual falls with every turn.
+    Solves in turns for B, head by head, and for P: the residual falls with every turn. Begins with
+    `start`, such as the profile of another ridge, or else with the decomposition of the full tables
+    as if all heads attended alike.
     """
     moments = [regularized(one.moment, ridge) for one in layers]
-    mean = torch.stack([one.moment.mean(0) / one.queries for one in layers]).mean(0)
-    tables = [_solve(moment, one.cross) for moment, one in zip(moments, layers, strict=True)]
-    gram = torch.zeros_like(mean)
-    for one, values in zip(layers, tables, strict=True):
-        gram += one.weight * one.queries * torch.einsum("hce,hde->cd", values, values)
-    profile = _principal(gram, mean, rank)
-    for _ in range(TURNS if 0 < profile.shape[1] < len(mean) else 0):
+    if start is None:
+        mean = torch.stack([one.moment.mean(0) / one.queries for one in layers]).mean(0)
+        gram = torch.zeros_like(mean)
+        for moment, one in zip(moments, layers, strict=True):
+            table = _solve(moment, one.cross)
+            gram += one.weight * one.queries * torch.einsum("hce,hde->cd", table, table)
+        profile = _principal(gram, mean, rank)
+    else:
+        profile = start
+    turns = TURNS if start is None else TURNS // 2
+    for _ in range(turns if 0 < profile.shape[1] < len(profile) else 0):
         profile = _turn(layers, moments, profile)
     return profile
 
@@ -161,12 +170,16 @@ def solve_side(
     whole = sum(one.weight * one.check_change for one in layers.values())
     tokens = next(iter(layers.values())).moment.shape[-1]
 
-    def fitted(rank: Rank, ridge: float) -> FittedSide:
-        profile = torch.ones(tokens, 1, dtype=torch.float64)
-        # Words that change nothing have no direction.
-        if rank != "bias" and any(one.cross.any() for one in layers.values()):
-            profile = profile_of([*layers.values()], rank, ridge)
-        profile = profile.float().double()  # as the file has it
+    # Words that change nothing have no direction.
+    as_bias = rank == "bias" or not any(one.cross.any() for one in layers.values())
+
+    def fitted(ridge: float, start: Tensor | None) -> tuple[FittedSide, Tensor]:
+        if as_bias:
+            best = torch.ones(tokens, 1, dtype=torch.float64)
+        else:
+            assert rank != "bias"
+            best = profile_of([*layers.values()], rank, ridge, start)
+        profile = best.float().double()  # as the file has it
         rows, left = {}, 0.0
         for path, one in layers.items():
             moment = regularized(one.moment, ridge)
@@ -177,7 +190,17 @@ def solve_side(
             left += one.weight * one.residual(profile @ found.double())
             rows[path] = found.transpose(0, 1).flatten(1)
         share = 1 - left / whole if whole else 0.0
-        return FittedSide(profile.float(), rows, ridge, share)
+        return FittedSide(profile.float(), rows, ridge, share), best
 
-    tried = [fitted(rank, one) for one in (RIDGES if ridge is None else (ridge,))]
-    return max(tried, key=lambda one: one.explained)
+    tried: list[FittedSide] = []
+    start, failed = None, None
+    for one in RIDGES if ridge is None else (ridge,):
+        try:
+            side_found, start = fitted(one, start)
+            tried.append(side_found)
+        except FitError as error:  # a small ridge may be too small
+            failed = error
+    if not tried:
+        assert failed is not None
+        raise failed
+    return max(tried, key=lambda found: found.explained)

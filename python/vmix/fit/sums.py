@@ -17,7 +17,7 @@ from vmix.fit.prompts import Plan
 
 __all__ = ["LENGTHS", "LayerSums", "Sums", "sums_size"]
 
-FIT, CHECK = 0, 1
+FIT_PART, CHECK_PART = 0, 1
 LENGTHS = (5, 20, 60)
 """Prompts are told apart by length: each belongs to the nearest of these numbers of tokens."""
 
@@ -95,6 +95,8 @@ class Sums:
         try:
             save_file(tensors, part, said)
             part.replace(path)
+        except SafetensorError as error:  # such as a full disk
+            raise FitError(f"{path}: {error}") from error
         finally:
             part.unlink(missing_ok=True)
 

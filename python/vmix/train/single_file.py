@@ -84,8 +84,10 @@ def is_of_hub(path: str) -> bool:
     return bool(named) and not place.exists()
 
 
-def load_pipeline(path: str, *, prediction_type: str | None = None) -> Any:
-    """A StableDiffusionPipeline or StableDiffusionXLPipeline in f32, without a safety checker.
+def load_pipeline(
+    path: str, *, prediction_type: str | None = None, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A StableDiffusionPipeline or StableDiffusionXLPipeline, without a safety checker.
 
     `path` is a folder or a repository of the hub as diffusers has them, or a `.safetensors` file
     with LDM names, for which nothing is downloaded. What the U-Net predicts is what the folder
@@ -101,25 +103,25 @@ def load_pipeline(path: str, *, prediction_type: str | None = None) -> Any:
     place = Path(path)
     if place.is_file():
         shapes = _header(place)
-        pipe = _of_file(place, shapes)
+        pipe = _of_file(place, shapes, dtype)
         changes.setdefault("prediction_type", PREDICTIONS["v_pred" in shapes])
         if {"v_pred", "ztsnr"} <= shapes.keys() and changes["prediction_type"] == PREDICTIONS[1]:
             # The class of SD1.5's scheduler has no such schedule.
             pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config)
             changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     elif place.is_dir() or is_of_hub(path):
-        pipe = _of_folder(path)
+        pipe = _of_folder(path, dtype)
     else:
         raise TrainingError(f"{path}: no such file or folder")
     for _, module in _modules(pipe):
-        if module.dtype != torch.float32:
-            module.to(torch.float32)
+        if module.dtype != dtype:
+            module.to(dtype)
     if changes:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
     return pipe
 
 
-def _of_folder(path: str) -> Any:
+def _of_folder(path: str, dtype: torch.dtype) -> Any:
     import diffusers
 
     known = [kind.pipeline for kind in KINDS.values()]
@@ -134,6 +136,7 @@ def _of_folder(path: str) -> Any:
             getattr(diffusers, name),
             path,
             variant="fp16" if halves else None,
+            dtype=dtype,
             **(unchecked if name == known[0] else {}),
         )
     except WeightsError as error:
@@ -144,7 +147,7 @@ def _of_folder(path: str) -> Any:
     return pipe
 
 
-def _of_file(path: Path, shapes: Shapes) -> Any:
+def _of_file(path: Path, shapes: Shapes, dtype: torch.dtype) -> Any:
     import diffusers
 
     name = _kind(path, shapes)
@@ -155,7 +158,7 @@ def _of_file(path: Path, shapes: Shapes) -> Any:
             _write_vocabulary(tokenizer)
         try:
             pipe = getattr(diffusers, KINDS[name].pipeline).from_single_file(
-                str(path), config=str(config), local_files_only=True
+                str(path), config=str(config), local_files_only=True, torch_dtype=dtype
             )
         except (ValueError, KeyError, OSError, RuntimeError) as error:
             what = " ".join(str(error).split()).partition(" If you want")[0]
