@@ -112,7 +112,7 @@ def main() -> None:
     for rank in (1, args.rank, TOKENS):
         found = solve_side(sums, plan, 0, rank, torch.float16)
         took = time.perf_counter() - begun
-        print(f"rank {rank}: explains {found.explained:.1%} of one side, in {took:.1f} s")
+        print(f"rank {rank}: explains {found.explained:.1%} of one side, solved in {took:.1f} s")
         begun = time.perf_counter()
 
 

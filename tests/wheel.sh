@@ -39,6 +39,8 @@ package = pathlib.Path(vmix.__file__).parent
 assert (package / "_native.pyi").exists()
 for base in ("sd15", "sdxl"):
     assert (package / "train" / "configs" / base / "unet" / "config.json").exists(), base
+for name in ("prompts.txt", "fit_labels.toml", "fit_labels_anime.toml"):
+    assert (package / "fit" / name).exists(), name
 licences = {path.name for path in pathlib.Path(vmix.__file__).parents[1].rglob("LICENSE-*")}
 assert licences == {"LICENSE-MIT", "LICENSE-APACHE", "LICENSE-CLIP"}, licences
 PYTHON

@@ -276,7 +276,8 @@ def curve(result: Mapping[str, Any]) -> str:
     return rows(["prompts", "steps", "time, one core", *TABLED], lines)
 
 
-NOTES = (HERE / "fits.md").read_text(encoding="utf-8") if (HERE / "fits.md").exists() else ""
+NOTES = """\
+"""
 
 
 def text(result: Mapping[str, Any]) -> str:

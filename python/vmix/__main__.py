@@ -9,7 +9,7 @@ from importlib import import_module
 from vmix._native import run_command
 
 COMMANDS = {
-    "fit": "Make an adapter for a checkpoint from words, in a minute or two",
+    "fit": "Make an adapter for a checkpoint from words",
     "train": "Train an adapter, from images or from the base's own pictures",
     "label": "Score images and propose labels for training",
     "eval": "Compare adapters, strengths and baselines on prompts",
