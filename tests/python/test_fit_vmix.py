@@ -12,8 +12,10 @@ import hashlib
 import json
 import logging
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +46,7 @@ from vmix.diffusers import (
     unload_vmix,
 )
 from vmix.fit import Collector, FitLabel, Fitted, Picture, Plan, Sums, bare, fitted_adapter
-from vmix.fit.__main__ import main, typed_label
+from vmix.fit.__main__ import _interruptible, main, typed_label
 from vmix.loading import load_pipeline
 from vmix.measures import brightness
 from vmix.rows import open_rows
@@ -1032,15 +1034,15 @@ def test_typed_labels(text: str, label: FitLabel) -> None:
 
 
 def test_an_interrupted_command_goes_on(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     always_saves(monkeypatch)
     out, sums = tmp_path / "out.safetensors", tmp_path / "out.safetensors.sums"
     with monkeypatch.context() as patch:
         stop(diffusers.DDIMScheduler, patch, 3, KeyboardInterrupt())
-        said = fails(command, *TWO)
-    assert "stopped" in said
-    assert "Run the same command again to resume" in said
+        with pytest.raises(SystemExit, match=r"^130$"):
+            command(*TWO)
+    assert "stopped. Run the same command again to resume" in capsys.readouterr().err
     assert sums.exists()
     assert not out.exists()
 
@@ -1062,7 +1064,7 @@ def test_an_interrupted_command_goes_on(
 
 
 def test_a_stopped_preview_leaves_the_adapter(
-    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The same command would not go on: it would refuse to overwrite."""
 
@@ -1070,10 +1072,27 @@ def test_a_stopped_preview_leaves_the_adapter(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(preview, "draw_preview", stopped)
-    said = fails(command, "--label", "dull", "--preview", tmp_path / "grid.png")
+    with pytest.raises(SystemExit, match=r"^130$"):
+        command("--label", "dull", "--preview", tmp_path / "grid.png")
     Adapter.open(tmp_path / "out.safetensors")
-    assert "stopped" in said
-    assert "goes on" not in said
+    assert "grid.png was drawn" in capsys.readouterr().err
+
+
+def test_an_interrupt_in_a_finalizer_stops_too() -> None:
+    """Python drops what is raised there."""
+    finalized = []
+
+    class Group:
+        def __del__(self) -> None:
+            finalized.append(True)
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), _interruptible():
+        Group()
+        assert finalized
+        time.sleep(30)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 ERRORS: dict[str, tuple[Sequence[object], dict[str, Any], str]] = {

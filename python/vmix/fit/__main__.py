@@ -7,8 +7,12 @@ import hashlib
 import logging
 import math
 import re
+import signal
+import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +132,7 @@ def fit(args: argparse.Namespace) -> None:
     from vmix.diffusers import fit_vmix
 
     pipe = _load(args)
-    sums = args.out.with_name(f"{args.out.name}.sums")
+    sums = _sums(args.out)
     if sums.exists():
         print(f"resuming from {sums}")
     call = {"negative_prompt": args.negative_prompt, "clip_skip": args.clip_skip}
@@ -154,13 +158,13 @@ def fit(args: argparse.Namespace) -> None:
     for warning in adapter.made.get("warnings", ()):
         print(f"warning: {warning}")
     if skipped := adapter.made.get("prompts_too_long"):
-        print(f"{skipped} prompts were left out: too long for the text encoder")
+        print(f"left out, too long for the text encoder: {skipped} of the prompts")
     print(f"see {args.out}")
     if args.preview:
         try:
             _preview(args, pipe, adapter, prompts)
         except KeyboardInterrupt:
-            raise SystemExit(f"\nvmix fit: stopped before {args.preview} was drawn") from None
+            raise _stopped(f"stopped before {args.preview} was drawn") from None
 
 
 def _preview(args: argparse.Namespace, pipe: Any, adapter: Adapter, prompts: Sequence[str]) -> None:
@@ -233,13 +237,46 @@ def _hash(base: Path) -> dict[str, str]:
     return {"base_sha256": found.hexdigest()}
 
 
+def _sums(out: Path) -> Path:
+    """Where what was collected is kept meanwhile."""
+    return out.with_name(f"{out.name}.sums")
+
+
+def _stopped(what: str) -> SystemExit:
+    print(f"\nvmix fit: {what}", file=sys.stderr)
+    return SystemExit(130)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C stops, wherever it comes. Python drops what is raised in a finalizer: so it is raised
+    once more after a second."""
+
+    def interrupt(*_: Any) -> None:
+        signal.alarm(1)
+        raise KeyboardInterrupt
+
+    if not hasattr(signal, "alarm") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGALRM)
+    before = [signal.signal(number, interrupt) for number in numbers]
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     args = parser().parse_args(argv)
     logger = logging.getLogger("vmix")
     level = logger.level
     logger.setLevel(logging.ERROR)  # what it warns of is printed below the table
     try:
-        fit(args)
+        with _interruptible():
+            fit(args)
     except (FitError, VMixError) as error:
         raise SystemExit(f"vmix fit: {error}") from None
     except torch.OutOfMemoryError as error:
@@ -251,7 +288,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         raise SystemExit(f"vmix fit: {error}") from None
     except KeyboardInterrupt:
-        raise SystemExit("\nvmix fit: stopped. Run the same command again to resume") from None
+        saved = _sums(args.out).exists()
+        how = "Run the same command again to resume" if saved else "Nothing was saved yet"
+        raise _stopped(f"stopped. {how}") from None
     finally:
         logger.setLevel(level)
 

@@ -40,9 +40,14 @@ def read_prompts(prompts: Prompts = None) -> tuple[str, ...]:
     if not isinstance(prompts, Sequence) or not all(isinstance(one, str) for one in prompts):
         raise FitError(f"prompts: expected a file or a list of texts, found {prompts!r}")
     found = tuple(dict.fromkeys(prompt.strip() for prompt in prompts if prompt.strip()))
+    for prompt in found:
+        for place in re.findall(r"\{\w*\}", prompt):
+            if place != PLACE:
+                raise FitError(f"prompt {prompt!r}: expected no place but {PLACE}, found {place}")
     if len(found) < 2:
         raise FitError(
-            f"prompts: expected at least 2, one of them to check with; found {len(found)}"
+            "prompts: expected at least 2 different ones, one of them to check with; found "
+            f"{len(found)}"
         )
     return found
 

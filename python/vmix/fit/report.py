@@ -147,6 +147,7 @@ def _rounded(x: float) -> float:
 def warnings(effects: Mapping[str, Effect]) -> list[str]:
     """A sentence for each thing that looks wrong."""
     said = []
+    pairs: set[frozenset[str | None]] = set()  # that are said to be alike
     for name, effect in effects.items():
         numbers = effect.numbers
         for side in ("positive", "negative"):
@@ -172,7 +173,8 @@ def warnings(effects: Mapping[str, Effect]) -> list[str]:
                 f"(cosine {numbers['cosine_sides']:.2f}): choose words that differ"
             )
         cosine = numbers.get(f"cosine_with {effect.nearest}", 0.0)
-        if abs(cosine) > ALIKE:
+        if abs(cosine) > ALIKE and (pair := frozenset((name, effect.nearest))) not in pairs:
+            pairs.add(pair)
             sign = "the same as" if cosine > 0 else "the opposite of"
             said.append(
                 f"label {name!r}: does nearly {sign} {effect.nearest!r} (cosine {cosine:.2f})"
