@@ -24,13 +24,14 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm.auto import tqdm
 from vmix import Adapter
 from vmix.diffusers import fit_vmix, load_vmix, unload_vmix
+from vmix.fit import read_prompts
 from vmix.loading import WeightsError, load_pipeline
 from vmix.measures import HUE_BANDS, MEASURES, hue_matches
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "comfy_nodes" / "demo"  # what the node pack brings along
 STEPS, GUIDANCE, BATCH = 25, 3.0, 16
-FIT_STEPS, FIT_PROMPTS = 8, HERE / "fit_prompts.txt"
+FIT_STEPS, FIT_PROMPTS = 8, read_prompts(HERE / "fit_prompts.txt")
 FIT_LABEL, FIT_WORDS = "light", ("bright", "dark")
 
 PROMPTS = (
@@ -175,7 +176,7 @@ def draw_grid(
 def fitted(pipe: Any, labels: Any, **options: Any) -> tuple[Adapter, float]:
     """Labels from words, on this model, and the seconds that it took."""
     begun = time.perf_counter()
-    settings = {"prompts": FIT_PROMPTS, "steps": FIT_STEPS, "guidance_scale": GUIDANCE}
+    settings = {"prompts": FIT_PROMPTS[:24], "steps": FIT_STEPS, "guidance_scale": GUIDANCE}
     made = fit_vmix(pipe, labels, **{**settings, "batch_size": BATCH, **options})
     return made, time.perf_counter() - begun
 

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 import ways
-from demo import FIT_PROMPTS, FIT_STEPS, GUIDANCE, HERE, Images, fitted, generate, with_vmix
+from demo import FIT_PROMPTS as PROMPTS
+from demo import FIT_STEPS, GUIDANCE, HERE, Images, fitted, generate, with_vmix
 from demo import open_pipeline as open_demo
 from matplotlib.figure import Figure
 from objects import ObjectClassifier
 from report import FIDELITY, PAIRS, colour_of, concept_of, interval, measured
 from tqdm.auto import tqdm
 from vmix import Adapter
-from vmix.fit import read_prompts
 from vmix.measures import MEASURES
 
 OUT = HERE.parents[1] / "docs" / "demo" / "fitted"
@@ -36,7 +36,6 @@ SCALES = (0.5, 1.0, 1.5)
 RANKS: Mapping[str, Any] = {"fitted, rank 4": 4, "fitted, rank 2": 2, "fitted, bias": "bias"}
 OTHERS = (ways.PAIRS, ways.TRAINED)
 WAYS = (ways.PROMPT, *RANKS, *OTHERS)
-PROMPTS = read_prompts(FIT_PROMPTS)
 NUMBER = 40  # of prompts, where nothing else is said
 NUMBERS, STEPS = (3, 6, 12, 24, 40, 60), (2, 4, 8, 15, 25)
 OWN = dict(zip(ways.WORDS, MEASURES, strict=True))
@@ -277,17 +276,17 @@ def curve(result: Mapping[str, Any]) -> str:
 
 
 NOTES = """\
-- **Colour and light**: at λ = 1 a fitted label does what its words do, +0.26 against +0.27 and +0.46
-  against +0.45 at guidance 3, +0.28 against +0.26 and +0.41 against +0.40 at 7.5.
-- **Composition**: three quarters of what the words do at guidance 3 (−0.35 against −0.46), half at 7.5
-  (−0.24 against −0.47), and nine tenths at λ = 1.5 with either. Half a λ does little: this model moves
-  an object or does not.
+- **Colour and light**: at λ = 1 a fitted label does what its words do, +0.26 against +0.27 and
+  +0.46 against +0.45 at guidance 3, +0.28 against +0.26 and +0.41 against +0.40 at 7.5.
+- **Composition**: three quarters of what the words do at guidance 3 (−0.35 against −0.46), half
+  at 7.5 (−0.24 against −0.47), and nine tenths at λ = 1.5 with either. Half a λ does little:
+  this model moves an object or does not.
 - **Focus**: the words do nothing on this base, nor does the fit, which warns of it.
-- **Rank**: 2 does nearly what 4 does. One row for all tokens (*bias*) does as much for colour and more
-  than the words for light, less for composition, and at 7.5 the prompt's colour is lost in an eighth
-  of the pictures.
-- **The prompt** is met as with the words: its colour in as many pictures at guidance 3 and in 2 % fewer
-  at 7.5, its object in 7 % and 6 % fewer pictures, with the words in 6 % and 3 %.
+- **Rank**: 2 does nearly what 4 does. One row for all tokens (*bias*) does as much for colour
+  and more than the words for light, less for composition, and at 7.5 the prompt's colour is
+  lost in an eighth of the pictures.
+- **The prompt** is met as with the words: its colour in as many pictures at guidance 3 and in 2
+  % fewer at 7.5, its object in 7 % and 6 % fewer pictures, with the words in 6 % and 3 %.
 - **Prompts and steps** hardly matter here: all intervals of the last table overlap.
 """
 

@@ -1087,11 +1087,14 @@ def test_an_interrupt_in_a_finalizer_stops_too() -> None:
             finalized.append(True)
             signal.raise_signal(signal.SIGINT)
 
+    def waits() -> None:
+        with _interruptible():
+            Group()
+            assert finalized
+            time.sleep(30)
+
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), _interruptible():
-        Group()
-        assert finalized
-        time.sleep(30)
+    pytest.raises(KeyboardInterrupt, waits)
     assert signal.getsignal(signal.SIGINT) is before
 
 
