@@ -1094,7 +1094,8 @@ def test_an_interrupt_in_a_finalizer_stops_too() -> None:
             time.sleep(30)
 
     before = signal.getsignal(signal.SIGINT)
-    pytest.raises(KeyboardInterrupt, waits)
+    with pytest.raises(KeyboardInterrupt):
+        waits()
     assert signal.getsignal(signal.SIGINT) is before
 
 
