@@ -400,7 +400,8 @@ fn values_are_shared_between_threads() {
 /// What `vmix fit` wrote: `light: bright | dark` on the demo's model, rank 2.
 #[test]
 fn a_fitted_adapter_is_like_any_other() {
-    let adapter = vmix::Adapter::open("tests/data/fitted.safetensors").unwrap();
+    let file = include_bytes!("../data/fitted.safetensors");
+    let adapter = vmix::Adapter::from_bytes(file.to_vec()).unwrap();
     let label = &adapter.labels()[0];
     assert_eq!((label.default, label.neutral), (0.0, Some(0.0)));
     assert_eq!(label.range, [-1.5, 1.5]);
