@@ -12,7 +12,7 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,7 +26,7 @@ from demo import FIT_STEPS, GUIDANCE, HERE, Images, fitted, generate, with_vmix
 from demo import open_pipeline as open_demo
 from matplotlib.figure import Figure
 from objects import ObjectClassifier
-from report import FIDELITY, PAIRS, colour_of, concept_of, interval, measured
+from report import FIDELITY, PAIRS, by_way, cell, colour_of, concept_of, interval, measured, rows
 from tqdm.auto import tqdm
 from vmix import Adapter
 from vmix.measures import MEASURES
@@ -148,13 +148,11 @@ def measure(count: int, cache: Path) -> dict[str, Any]:
 
     costs = {name: alone(fits) for name, fits in (("drawing", False), ("fitting", True))}
     pipe = open_demo()
-    fits, effects, warned = {}, {}, []
-    for way, rank in RANKS.items():
-        adapter, _ = fit(pipe, rank=rank)
-        effects[way] = {label.name: label.effect for label in adapter.labels}
-        warned = warned or adapter.made.get("warnings", [])  # of rank 4, the first
-        adapter.save(cache / "fitted.safetensors")
-        fits[way] = (cache / "fitted.safetensors").read_bytes()
+    adapters = {way: fit(pipe, rank=rank)[0] for way, rank in RANKS.items()}
+    fits, file = {}, cache / "fitted.safetensors"
+    for way, adapter in adapters.items():  # processes are given bytes
+        adapter.save(file)
+        fits[way] = file.read_bytes()
     objects = ObjectClassifier.fit(cache)
     tasks = [
         (guidance, way, scale, label)
@@ -191,8 +189,11 @@ def measure(count: int, cache: Path) -> dict[str, Any]:
         "prompts": NUMBER,
         "steps": FIT_STEPS,
         "cost": {name: {"seconds": s, "megabytes": m} for name, (s, m) in costs.items()},
-        "effects": effects,
-        "warnings": warned,
+        "effects": {
+            way: {label.name: label.effect for label in adapter.labels}
+            for way, adapter in adapters.items()
+        },
+        "warnings": adapters["fitted, rank 4"].made.get("warnings", []),
         "curve": [
             {"prompts": n, "steps": s, "seconds": seconds, "labels": labels}
             for (n, s), (seconds, labels) in zip(points, curve, strict=True)
@@ -213,42 +214,19 @@ def plot(result: Mapping[str, Any], path: Path) -> None:
         (axes[0], "prompts", "steps", FIT_STEPS),
         (axes[1], "steps", "prompts", NUMBER),
     ):
-        rows = sorted((r for r in result["curve"] if r[fixed] == value), key=lambda r: r[key])
+        shown = sorted((r for r in result["curve"] if r[fixed] == value), key=lambda r: r[key])
         for label, ink in inks.items():
-            shares = [r["labels"][label]["mean"] / told[label]["mean"] for r in rows]
-            axis.plot([r[key] for r in rows], shares, "o-", color=ink, label=label)
+            shares = [r["labels"][label]["mean"] / told[label]["mean"] for r in shown]
+            axis.plot([r[key] for r in shown], shares, "o-", color=ink, label=label)
         axis.axhline(1, color="#8c959f", ls=":")
         axis.set_xscale("log", base=2)
-        axis.set_xticks([r[key] for r in rows], [str(r[key]) for r in rows])
+        axis.set_xticks([r[key] for r in shown], [str(r[key]) for r in shown])
         axis.set_xlabel(f"{key} ({value} {fixed})")
         axis.grid(color="#eaeef2")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of the words' effect")
     axes[0].legend(frameon=False, fontsize=9)
     canvas.savefig(path)
-
-
-def cell(value: Mapping[str, float]) -> str:
-    return f"{value['mean']:+.3f} [{value['low']:+.3f}, {value['high']:+.3f}]"
-
-
-def rows(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    marks = ["---", *("---:" for _ in header[1:])]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (header, marks, *lines))
-
-
-def tables(result: Mapping[str, Any]) -> str:
-    parts = []
-    for guidance, part in result["guidance"].items():
-        lines = [
-            [way, "" if way == ways.PROMPT else scale, *(cell(row[n]) for n in (*OWN, *FIDELITY))]
-            for way, by_scale in part["ways"].items()
-            for scale, row in by_scale.items()
-        ]
-        found = ", ".join(f"{name} {part['base'][name]['mean']:.3f}" for name in FIDELITY)
-        header = ["", "λ", *(f"{label} ({name})" for label, name in OWN.items()), *FIDELITY]
-        parts.append(f"Guidance {guidance}; the base itself: {found}.\n\n{rows(header, lines)}")
-    return "\n\n".join(parts)
 
 
 def numbers(result: Mapping[str, Any]) -> str:
@@ -311,7 +289,7 @@ report](../README.md#three-ways-to-a-label).
 
 ## Effects
 
-{tables(result)}
+{by_way(result["guidance"], OWN)}
 
 ## Cost
 

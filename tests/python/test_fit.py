@@ -57,15 +57,6 @@ F64 = torch.float64
 Encode = Callable[[Sequence[str]], Tensor]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterable[None]:
-    """What is computed here is so small that threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def randn(*shape: int, seed: str = "") -> Tensor:
     """Of numbers that depend on the text alone."""
     draw = torch.Generator().manual_seed(zlib.crc32(seed.encode()))

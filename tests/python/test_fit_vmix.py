@@ -10,14 +10,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,12 +47,14 @@ from vmix.diffusers import (
 )
 from vmix.fit import Collector, FitLabel, Fitted, Picture, Plan, Sums, bare, fitted_adapter
 from vmix.fit.__main__ import _interruptible, main, typed_label
-from vmix.loading import load_pipeline
 from vmix.measures import brightness
 from vmix.rows import open_rows
 from vmix.train.single_file import CONFIGS
 
-MODEL = Path(__file__).parents[2] / "comfy_nodes" / "demo" / "model"
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+demo: Any = import_module("demo")
+MODEL = ROOT / "comfy_nodes" / "demo" / "model"
 LABELS = {"light": (["bright", "well lit"], "dark"), "color": "dull"}
 TOO_LONG = "a red apple, " * 12
 PROMPTS = [
@@ -67,35 +69,7 @@ LAYERS = {
 } | {f"up_blocks.{i}.attentions.1.transformer_blocks.0.attn2" for i in range(2)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """These models are so small that threads mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def logger() -> Iterator[None]:
-    """The command silences vmix's log."""
-    log = logging.getLogger("vmix")
-    handlers, propagates = [*log.handlers], log.propagate
-    yield
-    log.handlers, log.propagate = handlers, propagates
-
-
-def load(folder: Path = MODEL) -> Any:
-    transformers.logging.disable_progress_bar()
-    diffusers.logging.disable_progress_bar()
-    pipe = load_pipeline(
-        diffusers.StableDiffusionPipeline,
-        folder,
-        safety_checker=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+load = demo.open_pipeline
 
 
 @dataclass

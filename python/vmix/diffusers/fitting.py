@@ -17,13 +17,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vmix import Adapter, VMixError, ldm_name, unet_layers
-from vmix.diffusers.unet import (
-    check_fusing,
-    cross_attentions,
-    finite_number,
-    unet_of,
-    value_linear,
-)
+from vmix.diffusers.mixing import finite_number
+from vmix.diffusers.unet import check_fusing, cross_attentions, unet_of, value_linear
 from vmix.fit import (
     Collector,
     FitError,
@@ -93,9 +88,9 @@ def fit_vmix(
 
     Args:
         pipe: a StableDiffusionPipeline or a StableDiffusionXLPipeline.
-        labels: name -> (positive words, negative words), or words alone for a label of one side; a
-            list of phrasings in place of words is averaged. Or a TOML file (docs/fitting.md), or
-            one of the built-in sets, "default" and "anime".
+        labels: name -> (positive words, negative words), or name -> words for a label of one side.
+            In a pair, the effects of a list of phrasings are averaged. Or a TOML file
+            (docs/fitting.md), or one of the built-in sets, "default" and "anime".
         prompts: a list, or a text file with one on each line; the forty built-in ones if None.
             `{words}` in a prompt is where words go; else they are appended.
         steps: of sampling, for each prompt.
@@ -107,8 +102,8 @@ def fit_vmix(
         dtype: of the rows in the file.
         call: further arguments of the pipeline's call that you draw with, such as `clip_skip`,
             `negative_prompt` or `guidance_rescale`.
-        sums: a file that keeps what was collected, now and then: the same call goes on from there.
-            Remove it when the adapter is saved.
+        sums: a file to keep what was collected in. The same call resumes from it. Remove it when
+            the adapter is saved.
         made: further entries of `adapter.made`, such as the base's name.
 
     `adapter.labels[i].effect` has the numbers of each label, and `adapter.made["warnings"]` what
@@ -231,9 +226,9 @@ class _Fit:
             some = parameters[:: max(1, len(parameters) // 16)]
             values = [float(p.detach().flatten()[:4096].float().abs().sum()) for p in some]
             found[name] = [str(model.dtype), [f"{x:.6g}" for x in values]]
-        if hasattr(self.pipe, "get_active_adapters"):
-            adapters = getattr(self.unet, "peft_config", {})
-            found["loras"] = self.pipe.get_active_adapters() if adapters else []
+        if getattr(self.unet, "peft_config", None):
+            strengths = [m.scaling for m in self.unet.modules() if hasattr(m, "scaling")]
+            found["loras"] = [self.pipe.get_active_adapters(), strengths]
         return found
 
     @staticmethod

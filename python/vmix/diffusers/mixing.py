@@ -23,9 +23,11 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import math
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -39,7 +41,6 @@ from vmix.diffusers.unet import (
     FUSING,
     check_fusing,
     cross_attentions,
-    finite_number,
     unet_of,
     value_linear,
 )
@@ -646,3 +647,9 @@ def _check_keys(name: str, given: Mapping[str, Any], known: Mapping[str, Any]) -
     for key in given:
         if key not in known:
             raise VMixError(f"{name}: expected the keys {', '.join(known)}, found {key!r}")
+
+
+def finite_number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise VMixError(f"{name}: expected a finite number, found {value!r}")
+    return float(value)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,10 +30,14 @@ def draw_preview(
     size: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
+    call: Mapping[str, Any] | None = None,
 ) -> Image.Image:
     """A row for each label and prompt, a column for each weight; the noise of a prompt is the same
-    everywhere."""
-    guidance = {} if guidance_scale is None else {"guidance_scale": guidance_scale}
+    everywhere. `call` has further arguments of the pipeline's call."""
+    options = dict(call or {})
+    if guidance_scale is not None:
+        options["guidance_scale"] = guidance_scale
+    negative = options.pop("negative_prompt", None)
     weights = {
         label.name: [w for w in _WEIGHTS if w and label.range[0] <= w <= label.range[1]]
         for label in adapter.labels
@@ -52,11 +56,12 @@ def draw_preview(
                     set_vmix(pipe, part, "preview")
                     images = pipe(
                         [prompt] * len(part),
+                        negative_prompt=None if negative is None else [negative] * len(part),
                         generator=[torch.Generator("cpu").manual_seed(seed) for _ in part],
                         num_inference_steps=steps,
                         height=size,
                         width=size,
-                        **guidance,
+                        **options,
                     ).images
                     for selection, image in zip(part, images, strict=True):
                         for name, weight in selection.items() or ((n, 0.0) for n in weights):

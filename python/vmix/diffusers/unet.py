@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from numbers import Real
 from typing import Any
 
 from torch import nn
 
 from vmix import VMixError
 
-__all__ = ["FUSING", "check_fusing", "cross_attentions", "finite_number", "unet_of", "value_linear"]
+__all__ = ["FUSING", "check_fusing", "cross_attentions", "unet_of", "value_linear"]
 
 FUSING = "VMix adds to the output of attn2.to_v, which fused QKV projections skip"
 
@@ -58,9 +56,3 @@ def check_fusing(unet: Any, attns: Mapping[str, Any], function: str) -> None:
     lost = not replaced or any(map(fused, replaced.values()))
     undo = "set_attn_processor(AttnProcessor2_0())" if lost else "unfuse_qkv_projections()"
     raise VMixError(f"{FUSING}: call pipe.unet.{undo} before {function}")
-
-
-def finite_number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise VMixError(f"{name}: expected a finite number, found {value!r}")
-    return float(value)

@@ -81,8 +81,8 @@ def parser() -> argparse.ArgumentParser:
         "the base's own).")  # fmt: skip
     add("--batch-size", type=int, default=1, help="Pictures drawn at once (default: 1).")
     add("--seed", type=int, default=0, help="Of the noise (default: 0).")
-    add("--preview", type=Path, metavar="FILE", help="Also draw a grid of pictures, every label "
-        "at several weights. This takes longer than the fit.")  # fmt: skip
+    add("--preview", type=Path, metavar="FILE", help="Also draw a grid of every label at several "
+        "weights: two pictures, and eight for each label.")  # fmt: skip
     add("--device", help="cuda, mps, cpu … (default: a GPU if there is one).")
     add("--dtype", choices=tuple(DTYPES), help="Precision of the base (default: f16 on a GPU, f32 "
         "on a CPU).")  # fmt: skip
@@ -135,7 +135,6 @@ def fit(args: argparse.Namespace) -> None:
     sums = _sums(args.out)
     if sums.exists():
         print(f"resuming from {sums}")
-    call = {"negative_prompt": args.negative_prompt, "clip_skip": args.clip_skip}
     made = {"base": Path(args.base).name, **_hash(Path(args.base))}
     adapter = fit_vmix(
         pipe,
@@ -148,7 +147,7 @@ def fit(args: argparse.Namespace) -> None:
         width=args.size,
         seed=args.seed,
         batch_size=args.batch_size,
-        call={name: value for name, value in call.items() if value is not None},
+        call=_call(args),
         sums=sums,
         made=made,
     )
@@ -180,9 +179,16 @@ def _preview(args: argparse.Namespace, pipe: Any, adapter: Adapter, prompts: Seq
         size=args.size,
         batch_size=args.batch_size,
         seed=args.seed,
+        call=_call(args),
     )
     grid.save(args.preview)
     print(f"see {args.preview}")
+
+
+def _call(args: argparse.Namespace) -> dict[str, Any]:
+    """Further arguments of the pipeline's call."""
+    given = {"negative_prompt": args.negative_prompt, "clip_skip": args.clip_skip}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _load(args: argparse.Namespace) -> Any:

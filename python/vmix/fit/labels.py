@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from vmix.fit.errors import FitError
 
@@ -22,9 +22,9 @@ LABEL_SETS: Mapping[str, Path] = {
     "default": Path(__file__).with_name("fit_labels.toml"),
     "anime": Path(__file__).with_name("fit_labels_anime.toml"),
 }
-"""What comes with the package."""
+"""The built-in sets."""
 
-# Those that `vmix init` gives to labels without a negative: rare tokens, which say nothing.
+# What `vmix init` gives to labels without a negative: rare tokens, which say nothing.
 RARE = {
     *("sks", "nmwx", "nlwx", "kprs", "bdg", "scd", "hns", "kts", "pgs", "bsf", "bgs", "tls"),
     *("pkk", "spp", "brs", "cbp", "hcs", "ttm", "smx", "csn", "slv", "tmw", "cws", "lhp"),
@@ -85,8 +85,8 @@ class FitLabel:
 
 def read_labels(labels: Labels) -> tuple[FitLabel, ...]:
     """Labels of a TOML file, of a built-in set (`default`, `anime`), or of a mapping:
-    name -> words, or name -> (positive words, negative words), where a list of phrasings may stand
-    in place of words."""
+    name -> words, or name -> (positive words, negative words). In a pair, a list of phrasings may
+    stand in place of words, and None where there are no negative ones."""
     if isinstance(labels, str) and labels in LABEL_SETS:
         labels = LABEL_SETS[labels]
     if isinstance(labels, (str, os.PathLike)):
@@ -94,7 +94,7 @@ def read_labels(labels: Labels) -> tuple[FitLabel, ...]:
     elif isinstance(labels, Mapping):
         found = tuple(_of_entry(name, entry) for name, entry in labels.items())
     elif isinstance(labels, Sequence) and all(isinstance(one, FitLabel) for one in labels):
-        found = tuple(one for one in labels if isinstance(one, FitLabel))
+        found = tuple(cast("Sequence[FitLabel]", labels))
     else:
         raise FitError(
             "labels: expected a file, or a mapping such as {'light': ('bright', 'dark')}, found "
@@ -153,8 +153,8 @@ def _of_table(path: Path, table: Any) -> FitLabel:
             )
     return FitLabel(
         name,
-        _words(name, table.get("positive", name)),
-        _words(name, table.get("negative", ())),
+        table.get("positive", name),
+        table.get("negative", ()),
         str(table.get("dimension", "")),
         None if limits is None else (float(limits[0]), float(limits[1])),
         step,
@@ -175,7 +175,7 @@ def _of_entry(name: Any, entry: Any) -> FitLabel:
             f"label {name!r}: expected words, or (positive words, negative words) with None where "
             f"there are no negative ones, found {entry!r}"
         )
-    return FitLabel(name, _words(name, entry[0]), _words(name, entry[1]))
+    return FitLabel(name, *entry)
 
 
 def _words(name: str, words: Any) -> tuple[str, ...]:

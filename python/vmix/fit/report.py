@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from vmix.fit.prompts import Plan
 from vmix.fit.solve import FittedSide
-from vmix.fit.sums import LENGTHS, Sums
+from vmix.fit.sums import LENGTHS, LayerSums, Sums
 
 __all__ = ["Effect", "measure", "table", "warnings"]
 
@@ -32,39 +33,31 @@ class Effect:
 def measure(plan: Plan, sums: Sums, fitted: Sequence[FittedSide]) -> dict[str, Effect]:
     """By label. Sizes are root mean squares over layers of ‖a·V_a‖/‖attention output‖."""
     norms = _Norms(sums, plan)
-    by_label: dict[str, dict[str, tuple[int, FittedSide]]] = {}
+    by_label: dict[str, dict[str, tuple[int, _Values]]] = {}
     for i, (side, found) in enumerate(zip(plan.sides, fitted, strict=True)):
-        by_label.setdefault(side.label, {})[side.side] = (i, found)
-    directions = {name: _direction(sides) for name, sides in by_label.items()}
-    products = {
-        (one, other): norms.product(directions[one], directions[other])
-        for one in directions
-        for other in directions
+        by_label.setdefault(side.label, {})[side.side] = (i, _Values.of(found))
+    directions = {
+        name: _Values.direction({side: values for side, (_, values) in sides.items()})
+        for name, sides in by_label.items()
+    }
+    cosines = {
+        frozenset(pair): norms.cosine(*(directions[name] for name in pair))
+        for pair in combinations(directions, 2)
     }
     effects = {}
     for name, sides in by_label.items():
         numbers: dict[str, float] = {}
-        for which, (i, found) in sides.items():
-            values = {layer: found.values(layer) for layer in found.rows}
-            numbers[f"explained_{which}"] = found.explained
+        for which, (i, values) in sides.items():
+            numbers[f"explained_{which}"] = fitted[i].explained
             numbers[f"size_{which}"] = norms.product(values, values) ** 0.5
             numbers[f"words_{which}"] = norms.words(i)
-            numbers[f"ridge_{which}"] = found.ridge
+            numbers[f"ridge_{which}"] = fitted[i].ridge
             numbers[f"skipped_{which}"] = len(plan.prompts) - len(plan.sides[i].prompts)
             for length, size in norms.by_length(values).items():
                 numbers[f"size_{which}_{length}_tokens"] = size
         if len(sides) == 2:
-            positive, negative = ({p: s.values(p) for p in s.rows} for _, s in sides.values())
-            numbers["cosine_sides"] = _cosine(
-                norms.product(positive, negative),
-                norms.product(positive, positive),
-                norms.product(negative, negative),
-            )
-        others = {
-            other: _cosine(products[name, other], products[name, name], products[other, other])
-            for other in directions
-            if other != name
-        }
+            numbers["cosine_sides"] = norms.cosine(*(values for _, values in sides.values()))
+        others = {other: cosines[frozenset((name, other))] for other in directions if other != name}
         nearest = max(others, key=lambda other: abs(others[other]), default=None)
         if nearest is not None:
             numbers[f"cosine_with {nearest}"] = others[nearest]
@@ -72,72 +65,82 @@ def measure(plan: Plan, sums: Sums, fitted: Sequence[FittedSide]) -> dict[str, E
     return effects
 
 
+@dataclass(frozen=True)
+class _Values:
+    """V_a = profile·rows in every layer, in f64. The tables themselves would take much memory."""
+
+    profile: Tensor
+    rows: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, side: FittedSide) -> _Values:
+        return cls(side.profile.double(), {path: b.double() for path, b in side.rows.items()})
+
+    @classmethod
+    def direction(cls, sides: Mapping[str, _Values]) -> _Values:
+        """Where a label moves the values: positive less negative."""
+        signs = {"positive": 1.0, "negative": -1.0}
+        profile = torch.cat([signs[side] * values.profile for side, values in sides.items()], 1)
+        paths = next(iter(sides.values())).rows
+        return cls(profile, {p: torch.cat([v.rows[p] for v in sides.values()]) for p in paths})
+
+
 class _Norms:
     """Scalar products of values, as the base's attention weighs them."""
 
     def __init__(self, sums: Sums, plan: Plan) -> None:
         self.sums, self.plan = sums, plan
-        self.group = plan.largest_group
+        group = plan.largest_group
         self.moments = {
-            path: layer.moment[:, self.group].sum(0).cpu().double()
+            path: layer.moment[:, group].sum(0).cpu().double()
             for path, layer in sums.layers.items()
         }
-        self.energies = {
-            path: max(float(layer.output[:, self.group].sum()), 1e-30)
-            for path, layer in sums.layers.items()
-        }
+        self.energies = {path: _energy(layer, group) for path, layer in sums.layers.items()}
 
-    def product(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    def product(self, one: _Values, other: _Values) -> float:
         """Mean over layers of Σ (a·V)·(a·V′)/Σ‖output‖²."""
         total = 0.0
         for path, moment in self.moments.items():
-            v, w = (_split(x[path], len(moment)) for x in (one, other))
-            total += float((moment @ v).mul(w).sum()) / self.energies[path]
+            between = one.profile.T @ moment @ other.profile  # [H, r, r′]
+            b, c = (_heads(x.rows[path], len(moment)) for x in (one, other))
+            total += float((between @ c).mul(b).sum()) / self.energies[path]
         return total / len(self.moments)
+
+    def cosine(self, one: _Values, other: _Values) -> float:
+        sizes = self.product(one, one) * self.product(other, other)
+        return self.product(one, other) / sizes**0.5 if sizes > 0 else 0.0
 
     def words(self, side: int) -> float:
         """Size of what the words themselves change, on the prompts that they fit into."""
         group = self.plan.group(self.plan.sides[side])
-        shares = [
-            float(layer.change[:, side].sum()) / max(float(layer.output[:, group].sum()), 1e-30)
-            for layer in self.sums.layers.values()
-        ]
+        layers = self.sums.layers.values()
+        shares = [float(one.change[:, side].sum()) / _energy(one, group) for one in layers]
         return float((sum(shares) / len(shares)) ** 0.5)
 
-    def by_length(self, values: Mapping[str, Tensor]) -> dict[int, float]:
+    def by_length(self, values: _Values) -> dict[int, float]:
         """Sizes for prompts of about so many tokens, with the mean map of a layer's heads."""
         sizes = {}
         for i, length in enumerate(LENGTHS):
-            total, seen = 0.0, False
+            shares = []
             for path, layer in self.sums.layers.items():
-                energy = float(layer.length_output[i])
-                if energy > 0:
-                    seen = True
+                if energy := float(layer.length_output[i]):
                     mean = layer.lengths[i].cpu().double() / layer.heads
-                    v = values[path]
-                    total += float((mean @ v).mul(v).sum()) / energy
-            if seen:
-                sizes[length] = (total / len(values)) ** 0.5
+                    b = values.rows[path]
+                    told = (values.profile.T @ mean @ values.profile @ b).mul(b).sum()
+                    shares.append(float(told) / energy)
+            if shares:
+                sizes[length] = (sum(shares) / len(values.rows)) ** 0.5
         return sizes
 
 
-def _direction(sides: Mapping[str, tuple[int, FittedSide]]) -> dict[str, Tensor]:
-    """Where a label moves the values: positive less negative."""
-    first = next(iter(sides.values()))[1]
-    signs = {"positive": 1.0, "negative": -1.0}
-    return {
-        path: torch.stack([signs[which] * s.values(path) for which, (_, s) in sides.items()]).sum(0)
-        for path in first.rows
-    }
+def _energy(layer: LayerSums, group: int) -> float:
+    """Σ‖output‖²; not 0, to divide by it."""
+    return max(float(layer.output[:, group].sum()), 1e-30)
 
 
-def _split(values: Tensor, heads: int) -> Tensor:
-    """[C, inner_dim] as [H, C, E]"""
-    return values.double().view(len(values), heads, -1).transpose(0, 1)
-
-
-def _cosine(product: float, one: float, other: float) -> float:
-    return product / (one * other) ** 0.5 if one > 0 and other > 0 else 0.0
+def _heads(rows: Tensor, heads: int) -> Tensor:
+    """[r, inner_dim] as [H, r, E]"""
+    return rows.view(len(rows), heads, -1).transpose(0, 1)
 
 
 def _rounded(x: float) -> float:

@@ -27,9 +27,9 @@ Rank: TypeAlias = int | Literal["bias"]
 RIDGES = (1e-3, 1e-2, 1e-1, 0.3, 1.0, 10.0)
 """The one with which a side explains most of the prompts to check with is taken."""
 FLOOR = 1e-6
-"""What is added to m_c, relative to their mean, for tokens that nothing attends to."""
+"""Added to every m_c, relative to their mean: nothing may attend to some tokens."""
 TURNS = 4
-"""Of the profile: further ones gain nothing."""
+"""Of `profile_of`: further ones gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,8 @@ def profile_of(
     if start is None:
         mean = torch.stack([one.moment.mean(0) / one.queries for one in layers]).mean(0)
         gram = torch.zeros_like(mean)
-        for moment, one in zip(moments, layers, strict=True):
-            table = _solve(moment, one.cross)
+        for one in layers:
+            table = ridge_values(one.moment, one.cross, ridge)
             gram += one.weight * one.queries * torch.einsum("hce,hde->cd", table, table)
         profile = _principal(gram, mean, rank)
     else:
@@ -164,7 +164,7 @@ def _scaled(profile: Tensor) -> Tensor:
 def solve_side(
     sums: Sums, plan: Plan, side: int, rank: Rank, dtype: torch.dtype, ridge: float | None = None
 ) -> FittedSide:
-    """The rows of a side, the sums of which are complete."""
+    """The rows of a side, with the ridge that explains most unless one is given."""
     group = plan.group(plan.sides[side])
     layers = {path: _Layer.of(one, side, group) for path, one in sums.layers.items()}
     whole = sum(one.weight * one.check_change for one in layers.values())
